@@ -1,0 +1,43 @@
+# `make test` and `make quickstart` each start from a bare checkout: python3 (3.11 or newer), a C++ compiler and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ubgen-installed
+NATIVE := CMakeLists.txt $(wildcard kernels/include/ubgen/*.h kernels/src/* kernels/tests/*)
+
+MAKEFLAGS += --no-print-directory
+
+.PHONY: test quickstart install lint format kernels clean
+
+test: lint kernels
+	$(BIN)/pytest -m "not gpu"
+
+quickstart: install
+	$(BIN)/python -m ubgen.cli.quickstart
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Where there is no C++ compiler, nothing is built and no test is found: not a failure.
+kernels: install
+	mkdir -p build
+	$(BIN)/cmake -S . -B build/kernels -DCMAKE_BUILD_TYPE=Release > build/kernels.log || (cat build/kernels.log; false)
+	$(BIN)/cmake --build build/kernels --parallel 2
+	$(BIN)/ctest --test-dir build/kernels --output-on-failure
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

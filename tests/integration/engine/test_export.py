@@ -1,0 +1,112 @@
+"""Exports: equal to PyTorch with the LoRA merged, done once, and refused when anything is wrong."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ubgen import runtime
+from ubgen.diffusion import decode, encode_prompts, load_stable_diffusion, merge_lora
+from ubgen.errors import UserError
+from ubgen.export import Exported, export_engine, load_spec
+from ubgen.manifest import stage_directory
+from ubgen.rewards import Clip, QAlign
+
+
+def test_every_network_passed_within_its_tolerance(exported: Exported) -> None:
+    assert exported.built
+    assert {row.network for row in exported.parity} == set(runtime.load(exported.path))
+    assert all(row.passed and row.rows >= 5 for row in exported.parity)
+
+
+def test_the_engines_hold_the_merged_lora(exported: Exported, family: dict[str, str], lora: Path) -> None:
+    engines = runtime.load(exported.path)
+    sd = load_stable_diffusion(family["stable_diffusion"])
+    ids = torch.tensor(sd.tokenizer(["ox", ""], padding="max_length", max_length=16).input_ids)
+    context = engines["text_encoder"].run({"input_ids": ids})["embeddings"]
+    assert (context - encode_prompts(sd, ["ox", ""])).abs().max() < 1e-4
+    inputs = {"latents": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([901.0, 3.0]), "context": context}
+    noise = engines["unet"].run(inputs)["noise"]
+    with torch.no_grad():
+        base = sd.unet(*inputs.values()).sample
+        merge_lora(sd.unet, lora)
+        merged = sd.unet(*inputs.values()).sample
+    assert (noise - merged).abs().max() < 1e-4
+    assert (noise - base).abs().max() > 1e-2
+
+
+def test_scores_are_those_of_pytorch_for_any_batch(exported: Exported, family: dict[str, str]) -> None:
+    engines = runtime.load(exported.path)
+    sd = load_stable_diffusion(family["stable_diffusion"])
+    latents = torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    pixels = engines["vae_decoder"].run({"latents": latents})["pixels"]
+    with torch.no_grad():
+        wanted = (decode(sd.vae, latents).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
+    assert pixels.shape == (7, 64, 64, 3)
+    assert (pixels.float() - wanted).abs().max() <= 1
+    images = pixels.permute(0, 3, 1, 2).float() / 255
+    clip, qalign = Clip.load(family["clip"]), QAlign.load(family["qalign"])
+    features = torch.nn.functional.normalize(clip.encode_image(images), dim=-1)
+    assert (engines["clip_image"].run({"pixels": pixels})["features"] - features).abs().max() < 1e-5
+    assert (engines["qalign"].run({"pixels": pixels})["score"] - qalign.score(images)).abs().max() < 1e-5
+
+
+def test_repeating_an_export_does_no_work(
+    exported: Exported, family: dict[str, str], spec_file: Path, lora: Path
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in exported.path.rglob("*")}
+    again = export_engine(load_spec(spec_file, **family), exported.path, lora)
+    assert (again.built, again.key, again.parity) == (False, exported.key, exported.parity)
+    assert {p: p.stat().st_mtime_ns for p in exported.path.rglob("*")} == before
+
+
+def test_a_finished_engine_is_not_replaced_by_another(
+    exported: Exported, family: dict[str, str], spec_file: Path
+) -> None:
+    with pytest.raises(UserError, match="--overwrite"):
+        export_engine(load_spec(spec_file, **family), exported.path, lora=None)
+    assert runtime.load(exported.path).key == exported.key
+
+
+def test_beyond_the_tolerance_nothing_is_finished(
+    tmp_path: Path, family: dict[str, str], spec_file: Path, lora: Path
+) -> None:
+    spec = load_spec(spec_file, **family)
+    strict = dataclasses.replace(spec.networks.text_encoder, tolerance=1e-12)
+    spec = dataclasses.replace(spec, networks=dataclasses.replace(spec.networks, text_encoder=strict))
+    with pytest.raises(UserError, match="text_encoder: the engine differs from PyTorch by"):
+        export_engine(spec, tmp_path / "engine", lora)
+    with pytest.raises(UserError, match="unfinished"):
+        runtime.load(tmp_path / "engine")
+
+
+def test_missing_inputs_are_named(tmp_path: Path, family: dict[str, str], spec_file: Path) -> None:
+    with pytest.raises(UserError, match=r"--clip: .*not a directory"):
+        export_engine(load_spec(spec_file, **{**family, "clip": str(tmp_path / "no")}), tmp_path / "out")
+    with pytest.raises(UserError, match=r"--lora: .*pytorch_lora_weights\.safetensors"):
+        export_engine(load_spec(spec_file, **family), tmp_path / "out", lora=tmp_path)
+    broken = tmp_path / "sd"
+    shutil.copytree(family["stable_diffusion"], broken)
+    shutil.rmtree(broken / "tokenizer")
+    with pytest.raises(UserError, match=r"--stable-diffusion: .* has no tokenizer"):
+        export_engine(load_spec(spec_file, **{**family, "stable_diffusion": str(broken)}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_training_run_is_refused(
+    tmp_path: Path, family: dict[str, str], spec_file: Path, lora: Path
+) -> None:
+    with stage_directory(tmp_path / "train", "train", {}):
+        shutil.copy(lora / "pytorch_lora_weights.safetensors", tmp_path / "train")
+    with pytest.raises(UserError, match="train is unfinished"):
+        export_engine(load_spec(spec_file, **family), tmp_path / "out", tmp_path / "train")
+
+
+def test_an_output_directory_in_use_is_refused(
+    tmp_path: Path, family: dict[str, str], spec_file: Path
+) -> None:
+    spec = load_spec(spec_file, **family)
+    with stage_directory(tmp_path / "out", "export", {}), pytest.raises(UserError, match="in use"):
+        export_engine(spec, tmp_path / "out")

@@ -1,0 +1,64 @@
+"""ubgen-doctor, on this machine and on one where much is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ubgen.ops import native_status
+from ubgen.probes import all_probes
+
+
+def doctor(*arguments, **environment):
+    command = [sys.executable, "-m", "ubgen.cli.doctor", *arguments]
+    return subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def poor_machine(tmp_path_factory):
+    """No GPU, no tools, and packages that are there but of no use: probe name -> probe."""
+    directory = tmp_path_factory.mktemp("packages")
+    (directory / "torch_tensorrt.py").write_text("raise Exception('libnvinfer.so.11 was not found')\n")
+    (directory / "xformers").mkdir()
+    (directory / "xformers" / "__init__.py").write_text("__version__ = '0.0.35'\n")
+    (directory / "xformers" / "ops.py").write_text("")
+    settings = {"PYTHONPATH": str(directory), "PATH": str(directory), "CXX": "g++-of-nobody"}
+    return {p["name"]: p for p in json.loads(doctor("--json", CUDA_VISIBLE_DEVICES="", **settings))}
+
+
+def test_every_part_of_this_machine_has_a_verdict_and_a_reason():
+    probes = {probe.name: probe for probe in all_probes()}
+    assert probes["torch: CPU"].available
+    assert probes["onnxruntime: CPU"].available
+    assert probes["torch: CUDA"].available == torch.cuda.is_available()
+    assert probes["native library: CPU"].available == native_status()[0]
+    assert {"tensorrt", "torch_tensorrt", "xformers", "nvidia.dali", "ray", "nvcc"} <= set(probes)
+    assert all(probe.detail for probe in probes.values())
+
+
+def test_the_table_says_why_the_reference_runs():
+    text = doctor(UBGEN_DISABLE_NATIVE="1", COLUMNS="200")
+    row = next(line for line in text.splitlines() if "native library: CPU" in line)
+    assert "no" in row
+    assert "switched off by UBGEN_DISABLE_NATIVE; PyTorch runs instead" in row
+
+
+def test_a_package_whose_import_fails_oddly_is_a_reason_and_not_a_crash(poor_machine):
+    probe = poor_machine["torch_tensorrt"]
+    assert not probe["available"]
+    assert "installed, but its import fails: Exception: libnvinfer.so.11 was not found" in probe["detail"]
+
+
+def test_missing_tools_are_named(poor_machine):
+    assert not poor_machine["C++ compiler"]["available"]
+    assert "g++-of-nobody is not on the PATH" in poor_machine["C++ compiler"]["detail"]
+
+
+def test_xformers_on_a_cpu_is_refused_although_it_imports(poor_machine):
+    assert not poor_machine["xformers"]["available"]
+    assert "no operator for CPU tensors" in poor_machine["xformers"]["detail"]

@@ -1,0 +1,157 @@
+"""Engine directories: they run what was put in, and refuse to load anything else, saying what differs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from ubgen import runtime
+from ubgen.errors import UserError
+from ubgen.manifest import content_hash, stage_directory
+from ubgen.runtime import Dim, Signature, TensorSpec
+from ubgen.runtime.key import json_hash, key_parts
+
+SPEC = {"device": "cpu"}
+
+
+def write_doubling_graph(path: Path) -> None:
+    """pixels (B,3) uint8 -> doubled (B,3) float32."""
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["real"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["real", "real"], ["doubled"]),
+    ]
+    source = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 3])
+    target = helper.make_tensor_value_info("doubled", TensorProto.FLOAT, ["batch", 3])
+    model = helper.make_model(
+        helper.make_graph(nodes, "double", [source], [target]),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    onnx.save(model, path)
+
+
+def write_engine(out: Path) -> Path:
+    rows = Dim("batch", 1, 4, 1000)
+    signature = Signature(
+        (TensorSpec("pixels", torch.uint8, (rows, 3)),), (TensorSpec("doubled", torch.float32, (rows, 3)),)
+    )
+    with stage_directory(out, "export", {"spec": SPEC}) as stage:
+        write_doubling_graph(out / "double.onnx")
+        (out / "extra.txt").write_text("x", encoding="utf-8")
+        parts = key_parts({"clip": "sha256:0"}, None, SPEC, {"onnxruntime"}, "cpu")
+        network = {
+            "compiler": "onnxruntime",
+            "file": "double.onnx",
+            "files": {"double.onnx": content_hash(out / "double.onnx")},
+            "signature": signature.to_dict(),
+        }
+        engine = {"key": json_hash(parts), "parts": parts, "networks": {"double": network}}
+        stage.finish({}, engine={**engine, "extras": {"extra.txt": content_hash(out / "extra.txt")}})
+    return out
+
+
+def edit_manifest(engine: Path, change: Any, rekey: bool = True) -> None:
+    manifest = json.loads((engine / "manifest.json").read_text(encoding="utf-8"))
+    change(manifest)
+    if rekey:
+        manifest["engine"]["key"] = json_hash(manifest["engine"]["parts"])
+    (engine / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    return write_engine(tmp_path / "engine")
+
+
+def test_networks_run_by_name(engine: Path) -> None:
+    engines = runtime.load(engine)
+    assert list(engines) == ["double"]
+    assert len(engines) == 1
+    assert "unet" not in engines
+    pixels = torch.randint(0, 256, (5, 3), dtype=torch.uint8)
+    doubled = engines["double"].run({"pixels": pixels})["doubled"]
+    assert doubled.dtype == torch.float32
+    assert torch.equal(doubled, pixels.float() * 2)
+
+
+def test_results_of_earlier_calls_stay(engine: Path) -> None:
+    network = runtime.load(engine)["double"]
+    first = network.run({"pixels": torch.full((2, 3), 1, dtype=torch.uint8)})["doubled"]
+    network.run({"pixels": torch.full((2, 3), 9, dtype=torch.uint8)})
+    assert torch.equal(first, torch.full((2, 3), 2.0))
+
+
+def test_strided_input(engine: Path) -> None:
+    pixels = torch.arange(12, dtype=torch.uint8).view(3, 4).T
+    assert torch.equal(runtime.load(engine)["double"].run({"pixels": pixels})["doubled"], pixels.float() * 2)
+
+
+def test_unfinished_directory(engine: Path) -> None:
+    (engine / "manifest.json").unlink()
+    with pytest.raises(UserError, match="unfinished"):
+        runtime.load(engine)
+
+
+def test_directory_of_another_stage(tmp_path: Path) -> None:
+    with stage_directory(tmp_path / "train", "train", {}) as stage:
+        stage.finish({})
+    with pytest.raises(UserError, match="expected a ubgen export directory"):
+        runtime.load(tmp_path / "train")
+
+
+@pytest.mark.parametrize("file", ["double.onnx", "extra.txt"])
+def test_a_changed_or_missing_file_is_named(engine: Path, file: str) -> None:
+    (engine / file).write_bytes((engine / file).read_bytes()[:-1] + b"!")
+    with pytest.raises(UserError, match=f"{file} is not the file that was exported"):
+        runtime.load(engine)
+    (engine / file).unlink()
+    with pytest.raises(UserError, match=f"{file} is missing"):
+        runtime.load(engine)
+
+
+def test_a_file_that_is_no_graph(engine: Path) -> None:
+    (engine / "double.onnx").write_bytes(b"not a graph")
+    hashed = content_hash(engine / "double.onnx")
+    edit_manifest(
+        engine, lambda m: m["engine"]["networks"]["double"]["files"].update({"double.onnx": hashed})
+    )
+    with pytest.raises(UserError, match=r"double\.onnx cannot be opened by ONNX Runtime"):
+        runtime.load(engine)["double"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: m["engine"]["parts"]["compilers"].update(onnxruntime="1.0"),
+            "compilers onnxruntime is 1.0 there",
+        ),
+        (
+            lambda m: m["engine"]["parts"].update(architecture="cuda-sm_90"),
+            "architecture is cuda-sm_90 there and cpu-",
+        ),
+        (lambda m: m["config"]["spec"].update(device="other"), "spec is sha256:"),
+        (lambda m: m["engine"]["parts"].update(format=0), "format is 0 there"),
+        (lambda m: m["engine"]["parts"].update(compilers={"gone": "1"}), "compiler 'gone' is not known here"),
+        (lambda m: m.pop("engine"), "not that of an engine"),
+    ],
+)
+def test_the_part_that_differs_is_named(engine: Path, change: Any, message: str) -> None:
+    edit_manifest(engine, change, rekey="engine" not in message or "architecture" in message)
+    with pytest.raises(UserError, match=message):
+        runtime.load(engine)
+
+
+def test_parts_that_do_not_give_the_key(engine: Path) -> None:
+    edit_manifest(engine, lambda m: m["engine"]["parts"].update(lora="sha256:1"), rekey=False)
+    with pytest.raises(UserError, match="does not match the parts"):
+        runtime.load(engine)
+
+
+def test_another_device(engine: Path) -> None:
+    with pytest.raises(UserError, match="cuda"):
+        runtime.load(engine, device="cuda")

@@ -1,0 +1,64 @@
+"""The contract of a network: what fits its signature runs, anything else is refused by name."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ubgen.errors import UserError
+from ubgen.runtime import Dim, Network, Signature, TensorSpec
+
+ROWS = Dim("batch", 2, 4, 8)
+SIGNATURE = Signature(
+    inputs=(
+        TensorSpec("latents", torch.float32, (ROWS, 4, 3)),
+        TensorSpec("timestep", torch.int64, (ROWS,)),
+    ),
+    outputs=(TensorSpec("noise", torch.float32, (ROWS, 4, 3)),),
+)
+
+
+class Scale(Network):
+    def _run(self, inputs: dict[str, Tensor], sizes: dict[str, int]) -> dict[str, Tensor]:
+        assert inputs["latents"].is_contiguous()
+        return {"noise": inputs["latents"] * inputs["timestep"].view(-1, 1, 1)}
+
+
+def fitting(batch: int = 3) -> dict[str, Tensor]:
+    return {"latents": torch.ones(batch, 4, 3), "timestep": torch.arange(batch)}
+
+
+@pytest.mark.parametrize("batch", [2, 5, 8])
+def test_every_batch_of_the_range_runs(batch: int) -> None:
+    noise = Scale("unet", SIGNATURE).run(fitting(batch))["noise"]
+    assert torch.equal(noise[:, 0, 0], torch.arange(batch).float())
+
+
+def test_strided_and_gradient_carrying_inputs_are_taken() -> None:
+    latents = torch.ones(3, 3, 4, requires_grad=True).transpose(1, 2)
+    noise = Scale("unet", SIGNATURE).run({**fitting(), "latents": latents})["noise"]
+    assert not noise.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": None}, "unet: input 'latents' is missing; it takes latents, timestep"),
+        ({"extra": torch.ones(3)}, "unet: no input is named 'extra'"),
+        ({"latents": torch.ones(3, 4, 3).double()}, r"'latents' is float64 .* expected float32"),
+        ({"latents": torch.ones(3, 4, 4)}, r"\(3, 4, 4\); expected float32 \(batch 2..8, 4, 3\)"),
+        ({"latents": torch.ones(9, 4, 3)}, r"\(9, 4, 3\); expected float32 \(batch 2..8"),
+        ({"latents": torch.ones(1, 4, 3)}, r"\(1, 4, 3\)"),
+        ({"latents": torch.ones(3, 4)}, r"\(3, 4\)"),
+        ({"timestep": torch.arange(4)}, "with batch = 3 as in the other inputs"),
+        ({"latents": torch.ones(3, 4, 3, device="meta")}, "is on meta; the engine runs on cpu"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_named(change: dict[str, Tensor | None], message: str) -> None:
+    inputs = {name: t for name, t in {**fitting(), **change}.items() if t is not None}
+    with pytest.raises(UserError, match=message):
+        Scale("unet", SIGNATURE).run(inputs)
+
+
+def test_a_signature_survives_json() -> None:
+    assert Signature.from_dict(SIGNATURE.to_dict()) == SIGNATURE
+    assert SIGNATURE.batch == ROWS

@@ -1,0 +1,43 @@
+"""ubgen-doctor: what this machine can run, and the reason for each no."""
+
+import dataclasses
+import json
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ubgen.cli._run import run
+from ubgen.probes import Probe, all_probes
+
+
+def doctor(json_output: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """Show what this machine can run, and why not.
+
+    Args:
+        json_output: Print a JSON list of {name, available, detail} instead of a table.
+    """
+    probes = all_probes()
+    if json_output:
+        print(json.dumps([dataclasses.asdict(probe) for probe in probes], indent=2))
+    else:
+        Console().print(_table(probes))
+
+
+def _table(probes: list[Probe]) -> Table:
+    table = Table("part", "runs", "version, place, or reason", title="ubgen-doctor")
+    for probe in probes:
+        verdict = Text("yes", style="green") if probe.available else Text("no", style="yellow")
+        table.add_row(probe.name, verdict, Text(probe.detail))  # Text: a "[" in a reason is no markup
+    return table
+
+
+def main() -> None:
+    """Entry point of the `ubgen-doctor` command."""
+    run(lambda: tyro.cli(doctor))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""ubgen-train: fine-tune the generator."""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ubgen.cli._run import run
+from ubgen.config import load_recipe
+from ubgen.train import TrainConfig, train
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Fine-tune the generator with the paper's losses; the defaults shown are the recipe's.
+
+    Run the same command again to continue an interrupted run.
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    recipe: str = "miniature"
+    """A shipped recipe (miniature, sd15-imagenet1k, sd15-imagenet100) or a TOML file."""
+    out: Path = Path("runs/train")
+    """Directory for the results."""
+    overwrite: bool = False
+    """Start again in a directory that was used before; what the earlier run left there is removed."""
+    stop_after: int | None = None
+    """Stop after so many updates, with a checkpoint; the same command continues."""
+
+
+def parse(arguments: list[str]) -> Arguments:
+    """Command line -> run: the recipe first, then what overrides it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="miniature")
+    recipe = first.parse_known_args(arguments)[0].recipe
+    default = Arguments(config=load_recipe(recipe, TrainConfig), recipe=recipe)
+    return tyro.cli(Arguments, default=default, args=arguments, prog="ubgen-train")
+
+
+def fine_tune() -> None:
+    given = parse(sys.argv[1:])
+    train(given.config, given.out, overwrite=given.overwrite, stop_after=given.stop_after)
+
+
+def main() -> None:
+    run(fine_tune)
+
+
+if __name__ == "__main__":
+    main()

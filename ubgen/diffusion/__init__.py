@@ -1,0 +1,43 @@
+"""Stable Diffusion parts, samplers as plain functions, differentiable rollouts, LoRA."""
+
+from ubgen.diffusion.lora import (
+    LORA_FILE,
+    add_lora,
+    load_lora,
+    lora_parameters,
+    merge_lora,
+    restore_lora,
+    save_lora,
+)
+from ubgen.diffusion.noise import hashed_generator, initial_noise
+from ubgen.diffusion.sampling import decode, rollout, sample
+from ubgen.diffusion.schedule import Call, draw_training_steps, schedule, training_steps
+from ubgen.diffusion.stable_diffusion import (
+    StableDiffusion,
+    encode_prompts,
+    load_stable_diffusion,
+    with_sampler,
+)
+
+__all__ = [
+    "LORA_FILE",
+    "Call",
+    "StableDiffusion",
+    "add_lora",
+    "decode",
+    "draw_training_steps",
+    "encode_prompts",
+    "hashed_generator",
+    "initial_noise",
+    "load_lora",
+    "load_stable_diffusion",
+    "lora_parameters",
+    "merge_lora",
+    "restore_lora",
+    "rollout",
+    "sample",
+    "save_lora",
+    "schedule",
+    "training_steps",
+    "with_sampler",
+]

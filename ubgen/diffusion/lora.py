@@ -1,0 +1,136 @@
+"""LoRA on the UNet's attention, through peft, stored as diffusers stores it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ubgen.errors import UserError
+from ubgen.manifest import atomic_write
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+TARGETS = ["to_k", "to_out.0", "to_q", "to_v"]
+
+
+def add_lora(unet: Any, rank: int, alpha: float | None = None, seed: int = 0) -> list[nn.Parameter]:
+    """Freeze `unet` and add a float32 LoRA to every attention's q, k, v and output projection.
+
+    A ~ N(0, 1/rank^2) drawn from `seed`, B = 0; the scale is alpha / rank, and alpha = rank by default.
+    Returns the trainable parameters.
+    """
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        init_lora_weights="gaussian",
+        target_modules=TARGETS,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(config)
+    parameters = lora_parameters(unet)
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+def lora_parameters(unet: Any) -> list[nn.Parameter]:
+    """The LoRA's parameters in a fixed order (by name)."""
+    return [parameter for name, parameter in sorted(unet.named_parameters()) if ".lora_" in name]
+
+
+def save_lora(unet: Any, directory: str | Path) -> Path:
+    """Write `unet`'s LoRA so that diffusers' `load_lora_weights(directory)` loads it, alpha included.
+
+    Atomic: an earlier file stays whole until the new one is complete. Returns the file's path.
+    """
+    tensors = {name: p.detach().cpu().contiguous() for name, p in sorted(_named_lora(unet).items())}
+    config = unet.peft_config["default"]
+    # diffusers rebuilds the LoraConfig from this; without it, it would take alpha = rank
+    adapter = {
+        "unet.r": config.r,
+        "unet.lora_alpha": config.lora_alpha,
+        "unet.target_modules": sorted(config.target_modules),
+    }
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter, indent=2, sort_keys=True)}
+    path = Path(directory) / LORA_FILE
+    atomic_write(path, _serialized(tensors, metadata))
+    return path
+
+
+def restore_lora(unet: Any, path: str | Path) -> None:
+    """Copy the tensors at `path` into the LoRA that `unet` has already. UserError where they do not fit."""
+    from safetensors.torch import load_file
+
+    file, parameters = _lora_file(path), _named_lora(unet)
+    tensors = load_file(file)
+    if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
+        raise UserError(f"{file}: its LoRA has other layers or another rank than this UNet's")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name])
+
+
+def load_lora(unet: Any, path: str | Path) -> None:
+    """Add the LoRA at `path` (the file, or the directory that holds it) to `unet`, un-merged."""
+    file = _lora_file(path)
+    try:
+        unet.load_lora_adapter(
+            file.parent, weight_name=file.name, prefix="unet", adapter_name="default", local_files_only=True
+        )
+    except Exception as error:  # peft and diffusers raise many types for a file that does not fit
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{file}: not a LoRA for this UNet: {reason}") from error
+
+
+def merge_lora(unet: Any, path: str | Path) -> None:
+    """Add the LoRA at `path` into `unet`'s own weights, in float32; no LoRA module remains."""
+    dtype = unet.dtype
+    if dtype != torch.float32:
+        unet.to(torch.float32)
+    load_lora(unet, path)
+    unet.fuse_lora(lora_scale=1.0, safe_fusing=True)
+    unet.unload_lora()
+    if dtype != torch.float32:
+        unet.to(dtype)
+
+
+def _named_lora(unet: Any) -> dict[str, nn.Parameter]:
+    """The LoRA's parameters under the names that diffusers gives them in files."""
+    renamed = ((".lora_A.default.", ".lora.down."), (".lora_B.default.", ".lora.up."))
+    return {
+        f"unet.{name.replace(old, new)}": parameter
+        for name, parameter in unet.named_parameters()
+        for old, new in renamed
+        if old in name
+    }
+
+
+def _serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file whose bytes depend on the content only: the library's own metadata order is random."""
+    from safetensors.torch import save
+
+    data = save(tensors)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": metadata, **json.loads(data[8:end])}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the format aligns the tensors to 8 bytes
+    return len(header).to_bytes(8, "little") + header + data[end:]
+
+
+def _lora_file(path: str | Path) -> Path:
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UserError(f"{file}: no such LoRA file")
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.keys())
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error})") from error
+    if not any(name.startswith("unet.") and ".lora" in name for name in names):
+        raise UserError(f"{file}: holds no LoRA of a UNet (no tensor named unet.*.lora.*)")
+    return file

@@ -1,0 +1,197 @@
+"""Stage directories: one writer at a time, and a manifest that is written last and atomically."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ubgen import __version__
+from ubgen.errors import UserError
+
+MANIFEST = "manifest.json"
+_LOCK = ".lock"
+_LIBRARIES = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "open_clip_torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "numpy",
+)
+
+
+def content_hash(path: Path) -> str:
+    """ "sha256:<hex>" of a file's bytes, or of a directory's sorted relative file names and their bytes.
+
+    Nothing in a directory is skipped; where it lies and its times do not count. UserError if `path` is missing.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    if not path.is_dir():
+        return f"sha256:{_file_digest(path)}"
+    digest = hashlib.sha256()
+    for name in sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()):
+        # the newline and the digest's fixed length keep (name, content) pairs from running into each other
+        digest.update(f"{name}\n{_file_digest(path / name)}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write `data` (text as UTF-8) to `path` so that a reader or a crash sees the old content or all of the new."""
+    path = Path(path)
+    payload = data.encode() if isinstance(data, str) else data
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_directory(directory: Path) -> None:
+    """The rename itself survives a power cut only once the directory is on disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a directory
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(directory: Path, stage: str | None = None) -> dict[str, Any]:
+    """The manifest of a finished stage directory; UserError if it is missing, broken, or of another stage."""
+    path = Path(directory) / MANIFEST
+    wanted = f"ubgen {stage} directory" if stage else "ubgen stage directory"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{directory} is unfinished or not a {wanted} (no {MANIFEST} in it)") from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise UserError(f"{path} is not valid JSON; run the stage that made {directory} again") from None
+    if not isinstance(manifest, dict) or "stage" not in manifest:
+        raise UserError(f"{path} is not a ubgen manifest; expected a {wanted}")
+    if stage and manifest["stage"] != stage:
+        raise UserError(f"{directory} is a ubgen {manifest['stage']} directory; expected a {wanted}")
+    return manifest
+
+
+@dataclass
+class StageDirectory:
+    """A stage's output while it is being written; `finish` makes it readable for the next stage."""
+
+    path: Path
+    stage: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def finish(self, inputs: Mapping[str, Path | str], **extra: Any) -> None:
+        """Write the manifest, as the last file: config, versions, device, and the hash of every input."""
+        manifest = {
+            "stage": self.stage,
+            "config": dict(self.config),
+            "ubgen_version": __version__,
+            "versions": library_versions(),
+            "device": device_name(),
+            "inputs": {
+                name: {"path": str(path), "hash": content_hash(Path(path))} for name, path in inputs.items()
+            },
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            **extra,
+        }
+        atomic_write(self.path / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
+
+
+@contextmanager
+def stage_directory(
+    out: Path, stage: str, config: Mapping[str, Any], *, overwrite: bool = False
+) -> Iterator[StageDirectory]:
+    """Hold `out` for one writer while the block runs; an unfinished directory is handed over as it is, to resume.
+
+    `overwrite` only takes a finished directory's manifest away; what becomes of its content is the stage's business.
+    UserError when `out` is not writable, held by another process, or finished and `overwrite` is False.
+    """
+    out = Path(out)
+    lock = _open_lock(out)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"output directory in use: another process is writing to {out}") from None
+        if (out / MANIFEST).exists():
+            if not overwrite:
+                raise UserError(f"{out} is already finished; choose another --out, or pass --overwrite")
+            (out / MANIFEST).unlink()
+        yield StageDirectory(out, stage, config)
+    finally:
+        os.close(lock)  # also releases it; the file stays, since deleting it would let two writers in
+
+
+def _open_lock(out: Path) -> int:
+    """Opening the lock for writing is also the check that the directory can be written to."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return os.open(out / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UserError(f"cannot write to output directory {out}: {error.strerror}") from error
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the installed libraries that results depend on."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def device_name() -> str:
+    """The accelerator's name, or the CPU's."""
+    import torch  # only here: readers of manifests need not wait for it
+
+    return f"cuda: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else f"cpu: {_cpu_name()}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

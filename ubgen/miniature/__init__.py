@@ -1,0 +1,1 @@
+"""A complete small family of pre-trained networks, and the procedural world that they were trained on."""

@@ -1,0 +1,125 @@
+"""Training of the networks that judge pictures: the oracle, CLIP and Q-Align."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ubgen.miniature import networks, quality
+from ubgen.miniature.captions import CLIP_FORMS, clip_caption
+from ubgen.miniature.train_generator import Budget
+from ubgen.miniature.training import fit, seed_all
+from ubgen.miniature.world import Factors, World, fair_world, render_many
+from ubgen.rewards import QAlign, qalign_preprocess
+
+# Scorers see web-like softness too, so that they judge what the generator makes and not only clean pictures.
+_MIXED = {"severity_range": (0.0, 0.5)}
+
+
+def to_unit(images_BHW3: np.ndarray) -> Tensor:
+    """uint8 (B, 64, 64, 3) -> float (B, 3, 64, 64) in [0, 1]."""
+    return torch.from_numpy(images_BHW3).permute(0, 3, 1, 2).float() / 255
+
+
+def shift(images_B3HW: Tensor, generator: torch.Generator) -> Tensor:
+    """Augmentation: the whole batch moved by up to 3 pixels."""
+    dy, dx = torch.randint(-3, 4, (2,), generator=generator).tolist()
+    return torch.roll(images_B3HW, (dy, dx), dims=(2, 3))
+
+
+def train_oracle(work: Path, budget: Budget, seed: int) -> networks.Oracle:
+    seed_all(seed)
+    images, factors = render_many(fair_world(**_MIXED), budget.scorer_images, seed + 1)
+    targets = {name: torch.tensor([getattr(f, name) for f in factors]) for name in ("label", "scene", "texture")}
+    oracle = networks.Oracle()
+
+    def loss(generator: torch.Generator) -> Tensor:
+        pick = torch.randint(0, len(images), (128,), generator=generator)
+        logits = oracle(shift(to_unit(images[pick.numpy()]), generator))
+        return sum(F.cross_entropy(logits[name], targets[name][pick]) for name in targets)
+
+    fit("oracle", oracle, loss, steps=budget.oracle_steps, lr=2e-3, seed=seed, checkpoint=work / "oracle.pt")
+    return oracle.eval()
+
+
+def clip_config(tokenizer) -> dict:
+    config = json.loads(json.dumps(networks.CLIP_CONFIG))
+    config["model_cfg"]["text_cfg"] |= {"vocab_size": len(tokenizer), "hf_tokenizer_name": "."}
+    return config
+
+
+def true_pairs(factors: list[Factors], form_of_text: list[tuple[bool, bool, bool]]) -> Tensor:
+    """(images, texts) booleans: whether text j, made from image j, is also true of image i."""
+    code = torch.tensor([[f.label, f.texture, f.scene] for f in factors])
+    named = torch.tensor(form_of_text)
+    same = code[:, None, :] == code[None, :, :]
+    return (same | ~named[None, :, :]).all(dim=-1)
+
+
+def contrastive_loss(logits: Tensor, positive: Tensor) -> Tensor:
+    """CLIP's two cross-entropies where every true pair of the batch counts as a positive."""
+    target = positive.float()
+    by_image = -(F.log_softmax(logits, dim=1) * target / target.sum(1, keepdim=True)).sum(1).mean()
+    by_text = -(F.log_softmax(logits, dim=0) * target / target.sum(0, keepdim=True)).sum(0).mean()
+    return (by_image + by_text) / 2
+
+
+def train_clip(work: Path, directory: Path, budget: Budget, seed: int) -> None:
+    """CLIP on the fair world; written to `directory` as open_clip's config, weights and tokenizer."""
+    seed_all(seed)
+    tokenizer = networks.tokenizer(directory)
+    config = clip_config(tokenizer)
+    (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+    tokenise = open_clip.get_tokenizer(f"local-dir:{directory}")
+    images, factors = render_many(fair_world(**_MIXED), budget.scorer_images, seed + 1)
+    architecture = {**config["model_cfg"], "text_cfg": dict(config["model_cfg"]["text_cfg"])}
+    architecture["text_cfg"].pop("hf_tokenizer_name")
+    model = open_clip.model.CLIP(**architecture)
+    mean = torch.tensor(config["preprocess_cfg"]["mean"])[:, None, None]
+    std = torch.tensor(config["preprocess_cfg"]["std"])[:, None, None]
+
+    def loss(generator: torch.Generator) -> Tensor:
+        pick = torch.randint(0, len(images), (128,), generator=generator).tolist()
+        rng = np.random.default_rng(int(torch.randint(0, 2**31, (1,), generator=generator)))
+        forms = [CLIP_FORMS[i] for i in rng.integers(0, len(CLIP_FORMS), len(pick))]
+        shown = [factors[i] for i in pick]
+        texts = tokenise([clip_caption(f, form, rng) for f, form in zip(shown, forms, strict=True)])
+        batch = (shift(to_unit(images[pick]), generator) - mean) / std
+        image, text = model.encode_image(batch, normalize=True), model.encode_text(texts, normalize=True)
+        return contrastive_loss(model.logit_scale.exp().clamp(max=100) * image @ text.T, true_pairs(shown, forms))
+
+    fit("CLIP", model, loss, steps=budget.clip_steps, lr=2e-3, seed=seed, checkpoint=work / "clip.pt", average=0.998)
+    save_file(model.state_dict(), directory / "open_clip_model.safetensors")
+
+
+def quality_world(world: World | None = None) -> World:
+    """The fair world over the whole range of every degradation."""
+    return world or fair_world(severity_range=(0.0, 1.0))
+
+
+def train_qalign(work: Path, directory: Path, budget: Budget, seed: int) -> None:
+    """Q-Align on the quality factor: the next word after the prompt is the level word of the degradation.
+
+    The target is spread over the two nearest levels, so that the expected score is 5 - 4 * severity.
+    """
+    seed_all(seed)
+    images, factors = render_many(quality_world(), budget.scorer_images, seed + 1)
+    place = torch.tensor([f.severity for f in factors]) * (len(quality.LEVELS) - 1)
+    target = (1 - (place[:, None] - torch.arange(len(quality.LEVELS))).abs()).clamp(min=0)
+    model = QAlign.from_config(networks.qalign_config())
+    weights = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+
+    def loss(generator: torch.Generator) -> Tensor:
+        pick = torch.randint(0, len(images), (96,), generator=generator)
+        logits = model.level_logits(qalign_preprocess(to_unit(images[pick.numpy()]), networks.IMAGE_SIZE))
+        score = F.softmax(logits, dim=1) @ weights
+        error = (score - target[pick] @ weights).square().mean()
+        return F.cross_entropy(logits, target[pick]) + 0.5 * error
+
+    fit("Q-Align", model, loss, steps=budget.qalign_steps, lr=1.5e-3, seed=seed, checkpoint=work / "qalign.pt", average=0.998)
+    model.save(directory)

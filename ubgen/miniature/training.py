@@ -1,0 +1,84 @@
+"""What the small training runs share: optimiser schedule, weight averaging, progress and resume."""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+SAVE_EVERY = 500
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def cosine(step: int, steps: int, warmup: int = 100) -> float:
+    """Learning-rate factor: linear warm-up, then half a cosine down to 1 %."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def progress(total: int, title: str, start: int = 0) -> Iterator[tuple[int, Callable[[str], None]]]:
+    """Count from `start` to `total` under a progress bar with ETA; the callback shows a note behind it."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, refresh_per_second=1) as bar:
+        task = bar.add_task(title, total=total, completed=start, note="")
+        for i in range(start, total):
+            yield i, lambda note: bar.update(task, note=note)
+            bar.advance(task)
+
+
+def fit(
+    title: str,
+    model: nn.Module,
+    loss_of_step: Callable[[torch.Generator], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    seed: int,
+    checkpoint: Path,
+    average: float = 0.0,
+    weight_decay: float = 0.01,
+) -> None:
+    """AdamW with a cosine schedule. Continues from `checkpoint` (written every few minutes) when it exists.
+
+    The batch of step i is drawn from a generator seeded by (seed, i), so a continued run sees the batches that
+    an uninterrupted one would have seen. With `average` > 0 the model ends as the exponential moving average
+    of its weights.
+    """
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    averaged = {k: v.detach().clone() for k, v in model.state_dict().items()} if average else {}
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        averaged, start = state["averaged"], state["step"]
+    for step, note in progress(steps, title, start):
+        for group in optimiser.param_groups:
+            group["lr"] = lr * cosine(step, steps)
+        loss = loss_of_step(torch.Generator().manual_seed(seed * 1_000_003 + step))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        for k, v in model.state_dict().items() if average else ():
+            decay = min(average, (step + 1) / (step + 10))
+            averaged[k].lerp_(v, 1 - decay) if v.is_floating_point() else averaged[k].copy_(v)
+        if step % 50 == 0:
+            note(f"loss {loss.item():.4f}")
+            print(f"{title} {step} loss {loss.item():.4f}", flush=True)
+        if (step + 1) % SAVE_EVERY == 0:
+            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "averaged": averaged, "step": step + 1}
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").rename(checkpoint)
+    if average:
+        model.load_state_dict(averaged)

@@ -1,0 +1,171 @@
+"""The miniature world: a procedural renderer of 64x64 images whose factors are drawn independently.
+
+A `World` is a set of probability tables. In the fair world every factor is independent of the class; in the
+biased world background and surface texture follow the class with a stated strength, as they do in photographs
+from the web (a "boat" is mostly seen on water).
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ubgen.miniature import quality
+from ubgen.miniature.backgrounds import BACKGROUNDS, SIZE
+from ubgen.miniature.shapes import CLASSES, SHAPES, TRAIN_CLASSES
+
+SCENES: tuple[str, ...] = tuple(BACKGROUNDS)
+TEXTURES: tuple[str, ...] = ("plain", "striped", "dotted", "checkered")
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.86, 0.16, 0.16), "orange": (0.96, 0.55, 0.10), "yellow": (0.96, 0.88, 0.22),
+    "green": (0.16, 0.72, 0.30), "blue": (0.18, 0.32, 0.86), "purple": (0.62, 0.24, 0.76),
+    "white": (0.96, 0.96, 0.96), "black": (0.08, 0.08, 0.08),
+}  # fmt: skip
+_SUPERSAMPLE = 4
+_Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What one image shows. Indices point into CLASSES, SCENES, TEXTURES and COLOURS."""
+
+    label: int
+    scene: int
+    texture: int
+    colour: int
+    x: float  # centre, in pixels
+    y: float
+    radius: float  # pixels
+    angle: float  # degrees
+    kind: str  # of degradation
+    severity: float  # in [0, 1]
+
+
+@dataclass(frozen=True)
+class World:
+    """Probability tables, one per factor. Rows of `scene_given_class` and `texture_given_class` sum to 1."""
+
+    classes: tuple[int, ...]
+    scene_given_class: np.ndarray  # (20, 8)
+    texture_given_class: np.ndarray  # (20, 4)
+    kind_probabilities: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
+    severity_range: tuple[float, float] = (0.0, 1.0)
+    radius_range: tuple[float, float] = (15.0, 24.0)
+    angle_range: tuple[float, float] = (-20.0, 20.0)
+    colour_probabilities: tuple[float, ...] = field(default=(1 / 8,) * 8)
+
+    def draw(self, rng: np.random.Generator) -> Factors:
+        label = int(rng.choice(self.classes))
+        radius = rng.uniform(*self.radius_range)
+        room = max(SIZE / 2 - radius - 1, 0.0)
+        return Factors(
+            label=label,
+            scene=int(rng.choice(len(SCENES), p=self.scene_given_class[label])),
+            texture=int(rng.choice(len(TEXTURES), p=self.texture_given_class[label])),
+            colour=int(rng.choice(len(COLOURS), p=self.colour_probabilities)),
+            x=SIZE / 2 + rng.uniform(-room, room),
+            y=SIZE / 2 + rng.uniform(-room, room),
+            radius=radius,
+            angle=rng.uniform(*self.angle_range),
+            kind=str(rng.choice(quality.KINDS, p=self.kind_probabilities)),
+            severity=rng.uniform(*self.severity_range),
+        )
+
+
+def biased_scene(label: int) -> int:
+    """The background that goes with a class in the biased world."""
+    return label % len(SCENES)
+
+
+def biased_texture(label: int) -> int:
+    return label % len(TEXTURES)
+
+
+def _tied(choice, options: int, strength: float) -> np.ndarray:
+    """(20, options): `strength` on the tied option, the rest spread evenly over all options."""
+    table = np.full((len(CLASSES), options), (1 - strength) / options)
+    for label in range(len(CLASSES)):
+        table[label, choice(label)] += strength
+    return table
+
+
+def fair_world(classes: tuple[int, ...] = tuple(range(len(CLASSES))), **tables) -> World:
+    """All factors independent; clean images unless `severity_range` says otherwise."""
+    tables.setdefault("severity_range", (0.0, 0.0))
+    return World(classes, _tied(biased_scene, len(SCENES), 0.0), _tied(biased_texture, len(TEXTURES), 0.0), **tables)
+
+
+def biased_world(scene_strength: float = 0.9, texture_strength: float = 0.7, **tables) -> World:
+    """Background and texture follow the class; quality like web pictures: soft, flat or compressed.
+
+    A strength s means: with probability s the class's own option, otherwise any option, evenly.
+    """
+    tables.setdefault("classes", tuple(range(len(TRAIN_CLASSES))))
+    tables.setdefault("kind_probabilities", (0.45, 0.0, 0.2, 0.35))
+    tables.setdefault("severity_range", (0.0, 0.5))
+    scene = _tied(biased_scene, len(SCENES), scene_strength)
+    texture = _tied(biased_texture, len(TEXTURES), texture_strength)
+    return World(scene_given_class=scene, texture_given_class=texture, **tables)
+
+
+def _mask(f: Factors) -> np.ndarray:
+    """(64, 64) coverage of the object in [0, 1], antialiased by supersampling."""
+    turn = np.deg2rad(f.angle)
+    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    canvas = Image.new("L", (SIZE * _SUPERSAMPLE,) * 2)
+    draw = ImageDraw.Draw(canvas)
+    outline, holes = SHAPES[CLASSES[f.label]]
+    for points, fill in ((outline, 255), *((hole, 0) for hole in holes)):
+        placed = (points @ rotation * f.radius + (f.x, f.y)) * _SUPERSAMPLE
+        draw.polygon([tuple(p) for p in placed.tolist()], fill=fill)
+    return np.asarray(canvas.reduce(_SUPERSAMPLE), np.float32) / 255
+
+
+def _surface(f: Factors, rng: np.random.Generator) -> np.ndarray:
+    """(64, 64) in {0, 1}: where the darker tone of the object's texture lies, in the object's own axes."""
+    turn = np.deg2rad(f.angle)
+    u = ((_X - f.x) * np.cos(turn) + (_Y - f.y) * np.sin(turn)) / 13 + rng.uniform()
+    v = ((_Y - f.y) * np.cos(turn) - (_X - f.x) * np.sin(turn)) / 13 + rng.uniform()
+    texture = TEXTURES[f.texture]
+    if texture == "striped":
+        return (np.mod(u, 1) < 0.5).astype(np.float32)
+    if texture == "dotted":
+        return (np.hypot(np.mod(u, 1) - 0.5, np.mod(v, 1) - 0.5) < 0.3).astype(np.float32)
+    if texture == "checkered":
+        return ((np.mod(u, 1) < 0.5) ^ (np.mod(v, 1) < 0.5)).astype(np.float32)
+    return np.zeros((SIZE, SIZE), np.float32)
+
+
+def _visible(colour: np.ndarray, scene_HW3: np.ndarray) -> np.ndarray:
+    """Move the object's colour away from the background's mean until the outline can be seen."""
+    mean = scene_HW3.mean(axis=(0, 1))
+    away = colour - mean
+    distance = float(np.linalg.norm(away))
+    if distance >= 0.5:
+        return colour
+    towards = 1.0 if mean.mean() < 0.5 else 0.0
+    return colour + (towards - colour) * min(1.0, 0.5 - distance + 0.25)
+
+
+def render(f: Factors, rng: np.random.Generator) -> np.ndarray:
+    """Picture of the given factors, uint8 (64, 64, 3); `rng` fills in what the factors leave open."""
+    scene = BACKGROUNDS[SCENES[f.scene]](rng)
+    base = np.array(list(COLOURS.values())[f.colour], np.float32) + rng.normal(0, 0.03, 3).astype(np.float32)
+    base = _visible(np.clip(base, 0, 1), scene)
+    dark = base * 0.68 if base.mean() > 0.3 else base * 0.7 + 0.25
+    tone = _surface(f, rng)[..., None]
+    mask = _mask(f)[..., None]
+    picture = (1 - mask) * scene + mask * ((1 - tone) * base + tone * dark)
+    pixels = np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
+    return quality.degrade(pixels, f.kind, f.severity, rng)
+
+
+def render_many(world: World, count: int, seed: int) -> tuple[np.ndarray, list[Factors]]:
+    """`count` images, uint8 (count, 64, 64, 3), and their factors. Image i depends on (seed, i) alone."""
+    images = np.empty((count, SIZE, SIZE, 3), np.uint8)
+    factors = []
+    for i in range(count):
+        rng = np.random.default_rng((seed, i))
+        factors.append(world.draw(rng))
+        images[i] = render(factors[-1], rng)
+    return images, factors

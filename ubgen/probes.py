@@ -1,0 +1,186 @@
+"""What this machine can run, and why not: the one place that tries optional packages, devices and tools.
+
+A probe imports lazily, never raises, and remembers its answer.
+"""
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ubgen.manifest import device_name
+from ubgen.ops import _native
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One thing that may be there; `detail` is its version or place, or the reason why it is not available."""
+
+    name: str
+    available: bool
+    detail: str
+
+
+def all_probes() -> list[Probe]:
+    """Everything that `ubgen-doctor` shows, in its order."""
+    probes: list[Callable[[], Probe]] = [torch_cpu, torch_cuda, native_cpu, native_cuda]
+    probes += [onnxruntime_cpu, onnxruntime_cuda, onnxruntime_tensorrt]
+    probes += [tensorrt, torch_tensorrt, xformers, dali, ray, cxx_compiler, nvcc]
+    return [probe() for probe in probes]
+
+
+def torch_cpu() -> Probe:
+    """PyTorch on the CPU: always there."""
+    cpu = device_name() if not torch.cuda.is_available() else "cpu"
+    return Probe("torch: CPU", True, f"{torch.__version__}, {torch.get_num_threads()} threads, {cpu}")
+
+
+def torch_cuda() -> Probe:
+    """PyTorch on an NVIDIA GPU."""
+    return Probe("torch: CUDA", not (reason := _no_cuda()), reason or _cuda_description())
+
+
+def _no_cuda() -> str:
+    """Why torch has no CUDA device; empty when it has one."""
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return "" if torch.cuda.is_available() else "no NVIDIA GPU, or its driver is missing or too old"
+
+
+def _cuda_description() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
+
+
+def native_cpu() -> Probe:
+    """Our fused operations for CPU tensors."""
+    available, detail = _native.native_status()
+    return Probe("native library: CPU", available, detail if available else f"{detail}; PyTorch runs instead")
+
+
+def native_cuda() -> Probe:
+    """Our fused operations for CUDA tensors."""
+    available, detail = _native.cuda_status()
+    if available and _no_cuda():
+        return Probe("native library: CUDA", False, f"built, but {_no_cuda()}")
+    return Probe(
+        "native library: CUDA", available, detail if available else f"{detail}; PyTorch runs instead"
+    )
+
+
+def onnxruntime_cpu() -> Probe:
+    """ONNX Runtime's CPU engines: the back end of the miniature."""
+    return _provider("CPU", "CPUExecutionProvider")
+
+
+def onnxruntime_cuda() -> Probe:
+    """ONNX Runtime's CUDA engines."""
+    return _provider("CUDA", "CUDAExecutionProvider")
+
+
+def onnxruntime_tensorrt() -> Probe:
+    """ONNX Runtime's TensorRT engines; it links TensorRT 10, whatever TensorRT is installed."""
+    return _provider("TensorRT", "TensorrtExecutionProvider")
+
+
+def _provider(label: str, provider: str) -> Probe:
+    name = f"onnxruntime: {label}"
+    package = _package("onnxruntime", "onnxruntime", "")
+    if not package.available:
+        return Probe(name, False, package.detail)
+    offered = importlib.import_module("onnxruntime").get_available_providers()
+    if provider not in offered:
+        return Probe(name, False, f"{package.detail} has no {provider}; pip install 'ubgen[ort-gpu]'")
+    if label != "CPU" and _no_cuda():
+        return Probe(name, False, _no_cuda())
+    return Probe(name, True, package.detail)
+
+
+def tensorrt() -> Probe:
+    """NVIDIA TensorRT, stand-alone."""
+    return _cuda_package("tensorrt", "tensorrt", "tensorrt")
+
+
+def torch_tensorrt() -> Probe:
+    """Torch-TensorRT."""
+    return _cuda_package("torch_tensorrt", "torch_tensorrt", "torch-tensorrt")
+
+
+@cache
+def xformers() -> Probe:
+    """xformers attention in the UNet; its operators take CUDA tensors only."""
+    probe = _package("xformers", "xformers.ops", "xformers")
+    if probe.available and _no_cuda():
+        return Probe("xformers", False, f"has no operator for CPU tensors, and {_no_cuda()}")
+    return probe
+
+
+def dali() -> Probe:
+    """NVIDIA DALI; its CPU operators run without a GPU."""
+    return _package("nvidia.dali", "nvidia.dali", "dali")
+
+
+def ray() -> Probe:
+    """Ray, for synthesis on several machines."""
+    return _package("ray", "ray", "ray")
+
+
+def cxx_compiler() -> Probe:
+    """The C++ compiler that builds the native library and AOTInductor engines."""
+    return _tool("C++ compiler", os.environ.get("CXX", "g++"), "install g++, or set CXX")
+
+
+def nvcc() -> Probe:
+    """The CUDA compiler."""
+    return _tool("nvcc", os.environ.get("CUDACXX", "nvcc"), "install the CUDA toolkit, or set CUDACXX")
+
+
+def _tool(name: str, command: str, advice: str) -> Probe:
+    path = shutil.which(command)
+    if path is None:
+        return Probe(name, False, f"{command} is not on the PATH; {advice}")
+    answer = subprocess.run(
+        [path, "--version"], capture_output=True, text=True, check=False
+    ).stdout.splitlines()
+    version = next((line for line in answer if re.search(r"\d\.\d", line)), "")
+    return Probe(name, True, f"{path}: {version}" if version else path)
+
+
+def _cuda_package(name: str, module: str, extra: str) -> Probe:
+    probe = _package(name, module, extra)
+    return (
+        Probe(name, False, f"{probe.detail}, but {_no_cuda()}") if probe.available and _no_cuda() else probe
+    )
+
+
+@cache
+def _package(name: str, module: str, extra: str) -> Probe:
+    """Whether `module` imports. Its own failures are of any kind: torch_tensorrt raises a bare Exception."""
+    advice = f"pip install 'ubgen[{extra}]'" if extra else "reinstall ubgen"
+    if not _installed(module):
+        return Probe(name, False, f"not installed; {advice}")
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        return Probe(name, False, f"installed, but its import fails: {type(error).__name__}: {reason}")
+    root = importlib.import_module(module.removesuffix(".ops"))
+    return Probe(name, True, str(getattr(root, "__version__", "unknown version")))
+
+
+def _installed(module: str) -> bool:
+    """By its files alone: a namespace such as `nvidia` is shared by many packages, so each part is looked up."""
+    root, *parts = module.split(".")
+    spec = importlib.util.find_spec(root)
+    places = list(spec.submodule_search_locations or []) if spec else []
+    if not parts:
+        return spec is not None
+    return any((Path(place) / name).exists() for place in places for name in (parts[0], f"{parts[0]}.py"))

@@ -1,0 +1,113 @@
+"""Reading a Q-Align checkpoint directory: one or several safetensors files, or the older pickled shards."""
+
+import json
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ubgen.errors import UserError
+
+# a table that older library versions saved with the weights; we compute it
+IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The directory's config.json. UserError when it is missing or holds no JSON object."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory}: not a Q-Align directory, it has no config.json")
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object is expected")
+    return value
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The shards in order of preference: safetensors (index, single file, several), then pickles likewise."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = directory / f"{stem}.{suffix}.index.json"
+        single = directory / f"{stem}.{suffix}"
+        if index.is_file():
+            return _indexed(index)
+        if single.is_file():
+            return [single]
+        found = sorted(directory.glob(f"{stem}-*.{suffix}")) or sorted(directory.glob(f"*.{suffix}"))
+        if found:
+            return found
+    raise UserError(
+        f"{directory}: no Q-Align weights (model.safetensors, an index with its shards, or *.bin)"
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    table = _read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"{index}: no 'weight_map' in it")
+    files = [index.parent / Path(str(name)).name for name in sorted(set(table.values()))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{index}: it names {file.name}, which is missing")
+    return files
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) pairs, mapped from disk one at a time where the format allows it."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                    yield name, shard.get_tensor(name)
+        else:
+            yield from _unpickle(file).items()
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"{file}: not a readable weight file ({str(error).splitlines()[0]})") from None
+
+
+def _unpickle(file: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # written in the format before torch 1.6, which can't be mapped
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def load_into(model: nn.Module, directory: Path, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give a model on the meta device its weights from `directory`, converted one tensor at a time.
+
+    Every tensor must be there with the model's shape, and no other: UserError names the first that is not.
+    """
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    for file in weight_files(directory):
+        for name, tensor in _tensors(file):
+            if IGNORED.search(name):
+                continue
+            _check(file, name, tensor, expected)
+            state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+    missing = [name for name in expected if name not in state]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"{directory}: the weights lack the tensor {missing[0]!r}{more}")
+    model.load_state_dict(state, assign=True)
+
+
+def _check(file: Path, name: str, tensor: Tensor, expected: dict[str, torch.Size]) -> None:
+    if name not in expected:
+        raise UserError(
+            f"{file}: unexpected tensor {name!r}, Q-Align with this config.json has none of that name"
+        )
+    if tensor.shape != expected[name]:
+        shapes = f"{tuple(tensor.shape)}, config.json needs {tuple(expected[name])}"
+        raise UserError(f"{file}: tensor {name!r} has the shape {shapes}")

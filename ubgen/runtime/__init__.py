@@ -1,0 +1,6 @@
+"""One contract to run a compiled network, whatever compiled it."""
+
+from ubgen.runtime.engine import EngineSet, load
+from ubgen.runtime.network import Dim, Network, Signature, TensorSpec
+
+__all__ = ["Dim", "EngineSet", "Network", "Signature", "TensorSpec", "load"]

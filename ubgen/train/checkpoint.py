@@ -1,0 +1,90 @@
+"""Checkpoints: a directory each, complete or absent."""
+
+import io
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from ubgen.diffusion import LORA_FILE, restore_lora, save_lora
+from ubgen.errors import UserError
+from ubgen.manifest import atomic_write
+from ubgen.train.players import Players
+
+DISCRIMINATOR_FILE = "discriminator.safetensors"
+STATE_FILE = "state.pt"
+
+
+def save_checkpoint(directory: Path, players: Players, done: int, keep: int) -> Path:
+    """Write `directory`/<done>/ with both players, their optimisers and the loss scale; then drop old ones.
+
+    The files are written under a temporary name first, so a failure (a full disk, a kill) leaves the earlier
+    checkpoints as they were.
+    """
+    directory.mkdir(exist_ok=True)
+    final = directory / f"{done:06d}"
+    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory))
+    try:
+        save_players(temporary, players)
+        atomic_write(temporary / STATE_FILE, _state_bytes(players, done))
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in list_checkpoints(directory)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def save_players(directory: Path, players: Players) -> None:
+    """The LoRA in diffusers format, and the discriminator where there is one."""
+    save_lora(players.sd.unet, directory)
+    if players.discriminator is not None:
+        tensors = {name: t.detach().cpu() for name, t in players.discriminator.state_dict().items()}
+        atomic_write(directory / DISCRIMINATOR_FILE, save(tensors))
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in directory.glob("[0-9]*") if (path / STATE_FILE).is_file())
+
+
+def restore_checkpoint(path: Path, players: Players) -> int:
+    """Put everything back as it was; returns the number of updates done. UserError for a damaged checkpoint."""
+    try:
+        state = torch.load(path / STATE_FILE, map_location=players.device, weights_only=True)
+        restore_lora(players.sd.unet, path / LORA_FILE)
+        players.generator_optimizer.load_state_dict(state["generator_optimizer"])
+        players.scaler.load_state_dict(state["scaler"])
+        if players.discriminator is not None and players.discriminator_optimizer is not None:
+            players.discriminator.load_state_dict(load_file(path / DISCRIMINATOR_FILE))
+            players.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        return int(state["done"])
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path}: damaged checkpoint ({error}); remove it to continue from an earlier one"
+        ) from error
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Sweep up what a killed process left behind."""
+    for leftover in directory.glob(".writing-*"):
+        shutil.rmtree(leftover)
+
+
+def _state_bytes(players: Players, done: int) -> bytes:
+    optimizer = players.discriminator_optimizer
+    state: dict[str, Any] = {
+        "done": done,
+        "generator_optimizer": players.generator_optimizer.state_dict(),
+        "discriminator_optimizer": None if optimizer is None else optimizer.state_dict(),
+        "scaler": players.scaler.state_dict(),
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()

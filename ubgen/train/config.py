@@ -1,0 +1,190 @@
+"""Everything that a training run can be told.
+
+Defaults are the paper's (Table 5), or the authors' released code's where it is silent.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ubgen.errors import UserError
+
+
+@dataclass(frozen=True)
+class NetworkPaths:
+    """The frozen networks, local directories. "ubgen:..." lies inside the installed package."""
+
+    stable_diffusion: str
+    """Stable Diffusion 1.x in diffusers layout."""
+    clip: str
+    """CLIP with open_clip_config.json and open_clip_model.safetensors."""
+    qalign: str
+    """Q-Align with config.json and the public checkpoint's weights."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How training images are sampled."""
+
+    sampler: Literal["ddpm", "ddim", "pndm"] = "ddpm"
+    """Sampler of the training images. Synthesis uses PNDM whatever is set here."""
+    steps: int = 50
+    """Sampling steps."""
+    guidance: float = 2.0
+    """Classifier-free guidance scale."""
+    grad_steps: int = 5
+    """Steps that carry gradient: evenly spaced, with a random start per update."""
+    detach_unet_input: bool = False
+    """Stop the gradient at the UNet's latent input (the remedy if gradients blow up)."""
+    gradient_checkpointing: bool = True
+    """Recompute the activations of UNet, decoder and Q-Align in the backward pass: less memory, more time."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of Eq. 8's terms; 0 switches a term off."""
+
+    entire: float = 1.0
+    """Weight of the entire alignment loss (Eq. 5): the adversarial term."""
+    individual: float = 1.0
+    """Weight of the individual alignment loss (Eq. 6): image against "photo of <class>"."""
+    quality: float = 0.1
+    """Weight of the quality loss (Eq. 7)."""
+    gan: Literal["nonsaturating", "saturating"] = "nonsaturating"
+    """Generator's form of Eq. 5: -log D (as released), or log(1 - D) (as printed)."""
+    log_unused: bool = True
+    """Also measure the rewards whose weight is 0, without gradient; otherwise their networks are not loaded."""
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """The LoRA on the UNet's attention, and its AdamW."""
+
+    lora_rank: int = 128
+    """Rank of the LoRA."""
+    lora_alpha: float | None = None
+    """LoRA scale times rank; the rank itself if not given."""
+    lr: float = 2e-5
+    """Learning rate, constant."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    weight_decay: float = 1e-2
+    """AdamW's weight decay."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip: float = 0.1
+    """Largest global gradient norm."""
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """The adversary on CLIP features, and its AdamW."""
+
+    hidden: int = 3
+    """Width of the hidden layer."""
+    activation: Literal["relu", "leaky_relu"] = "relu"
+    """Activation: the paper's ReLU, or LeakyReLU as released."""
+    slope: float = 0.2
+    """Slope of the LeakyReLU."""
+    features: Literal["raw", "normalised"] = "raw"
+    """CLIP features as they come, or L2-normalised."""
+    lr: float = 1e-5
+    """Learning rate, constant."""
+    betas: tuple[float, float] = (0.0, 0.999)
+    """AdamW's betas."""
+    weight_decay: float = 1e-2
+    """AdamW's weight decay."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    warmup_epochs: float = 1.0
+    """Passes over the class list in which the discriminator trains alone, at twice the batch size."""
+    warmup_updates: int | None = None
+    """Length of that phase in updates; replaces warmup_epochs."""
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Pictures and checkpoints."""
+
+    grid_every: int = 50
+    """Updates between sample grids; 0 for none."""
+    grid_classes: int = 8
+    """Classes in a grid, evenly spaced over the list: one column each."""
+    grid_rows: int = 2
+    """Images per class in a grid."""
+    grid_steps: int = 50
+    """PNDM steps for the grid."""
+    checkpoint_every: int = 50
+    """Updates between checkpoints (the warm-up's count too)."""
+    keep_checkpoints: int = 3
+    """Checkpoints to keep."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    networks: NetworkPaths
+    classes: str
+    """Class list: a shipped name (imagenet1k, imagenet100, miniature, ...) or a text file, one class per line."""
+    prompt: str = "{name}"
+    """Prompt for the generator."""
+    description: str = "photo of {name}"
+    """Text that an image is compared with in the individual alignment loss."""
+    batch_size: int = 4
+    """Images per update and process."""
+    epochs: float = 3.0
+    """Passes over the class list."""
+    max_updates: int | None = None
+    """Length in generator updates; replaces epochs."""
+    seed: int = 42
+    """Seed of every random number of the run."""
+    precision: Literal["no", "fp16", "bf16"] = "fp16"
+    """Mixed precision: frozen networks and activations in half, LoRA, losses and discriminator in float32."""
+    attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    """The UNet's attention: xformers where it is installed and supports the device, otherwise PyTorch's."""
+    device: Literal["auto", "cpu"] = "auto"
+    """"auto" takes a GPU where there is one."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    losses: LossConfig = field(default_factory=LossConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+def validate(config: TrainConfig) -> None:
+    """UserError naming the first option whose value makes no sense."""
+    positive = {
+        "batch_size": config.batch_size,
+        "epochs": config.epochs,
+        "max_updates": 1 if config.max_updates is None else config.max_updates,
+        "rollout.steps": config.rollout.steps,
+        "rollout.grad_steps": config.rollout.grad_steps,
+        "generator.lora_rank": config.generator.lora_rank,
+        "discriminator.hidden": config.discriminator.hidden,
+        "output.grid_classes": config.output.grid_classes,
+        "output.grid_rows": config.output.grid_rows,
+        "output.grid_steps": config.output.grid_steps,
+        "output.checkpoint_every": config.output.checkpoint_every,
+        "output.keep_checkpoints": config.output.keep_checkpoints,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            raise UserError(f"{name} must be positive, not {value}")
+    _validate_losses(config.losses)
+    for name in ("prompt", "description"):
+        if "{name}" not in getattr(config, name):
+            raise UserError(f'{name} must contain "{{name}}", the place of the class name')
+    if config.rollout.grad_steps > config.rollout.steps:
+        raise UserError(f"rollout.grad_steps must be at most rollout.steps ({config.rollout.steps})")
+
+
+def _validate_losses(losses: LossConfig) -> None:
+    for name in ("entire", "individual", "quality"):
+        if not getattr(losses, name) >= 0:
+            raise UserError(f"losses.{name} must be 0 or more, not {getattr(losses, name)}")
+    if losses.entire == losses.individual == losses.quality == 0:
+        raise UserError(
+            "losses: all three weights are 0; switch on at least one of entire, individual, quality"
+        )

@@ -1,0 +1,184 @@
+"""The training run: discriminator warm-up, then generator and discriminator in turn."""
+
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from accelerate import PartialState
+from rich.console import Console
+
+from ubgen.classes import ClassList, load_classes
+from ubgen.config import resolve_path, to_dict
+from ubgen.errors import UserError
+from ubgen.manifest import stage_directory
+from ubgen.train.checkpoint import list_checkpoints, restore_checkpoint, save_checkpoint, save_players
+from ubgen.train.config import TrainConfig, validate
+from ubgen.train.directory import CHECKPOINTS, CLASSES_FILE, SAMPLES, prepare_directory
+from ubgen.train.players import discriminator_in_play, load_players
+from ubgen.train.progress import progress
+from ubgen.train.record import Record, save_grid
+from ubgen.train.stream import Batch, draw_batch, updates_for
+from ubgen.train.update import Diverged, Metrics, discriminator_update, generator_update, warmup_features
+
+
+def train(config: TrainConfig, out: Path, *, overwrite: bool = False, stop_after: int | None = None) -> bool:
+    """Run to the end, or continue the unfinished run in `out`; returns whether it is finished.
+
+    `overwrite` starts again in a used directory. `stop_after` ends this call after that many updates, with a
+    checkpoint: the same call continues. Under `accelerate launch` every process calls this; process 0 writes.
+    On the CPU a continued run ends with the same bits as an uninterrupted one.
+    """
+    validate(config)
+    if stop_after is not None and stop_after < 1:
+        raise UserError(f"stop_after must be positive, not {stop_after}")
+    classes = load_classes(config.classes)
+    state = PartialState(cpu=config.device == "cpu")
+    recorded = {**to_dict(config), "processes": state.num_processes}
+    directory = stage_directory(out, "train", recorded, overwrite=overwrite)
+    with directory if state.is_main_process else nullcontext() as stage:
+        if state.is_main_process:
+            prepare_directory(out, recorded, classes, overwrite)
+        state.wait_for_everyone()
+        run = Run(config, classes, out, state)
+        finished = run.play(stop_after)
+        if finished and stage is not None:
+            save_players(out, run.players)
+            stage.finish(run.inputs(), updates=run.updates, images_seen=run.updates * run.global_batch)
+        run.console.print(f"{out}: {'finished' if finished else 'stopped; the same command continues'}")
+        return finished
+
+
+class Run:
+    """One process's part in a run. `done` counts updates, the warm-up's `warmup` first, then the `updates`."""
+
+    def __init__(self, config: TrainConfig, classes: ClassList, out: Path, state: PartialState) -> None:
+        self.config, self.classes, self.out, self.state = config, classes, out, state
+        self.console = Console(stderr=True, quiet=not state.is_main_process, markup=False, soft_wrap=True)
+        self.players = load_players(config, classes, state.device)
+        self.global_batch = config.batch_size * state.num_processes
+        count = len(classes)
+        self.updates = config.max_updates or updates_for(config.epochs, count, self.global_batch)
+        self.warmup = _warmup_updates(config, count, self.global_batch)
+        self.checkpoints = out / CHECKPOINTS
+        self.done = self._restore()
+
+    def play(self, stop_after: int | None) -> bool:
+        """Do the updates that are left, at most `stop_after` of them; returns whether none is left."""
+        total = self.warmup + self.updates
+        end = total if stop_after is None else min(total, self.done + stop_after)
+        self._announce(total)
+        record = Record(self.out, self.done) if self.state.is_main_process else None
+        try:
+            with progress(self.console, self.done, total) as advance:
+                self._grid()
+                while self.done < end:
+                    metrics = self._timed_update()
+                    if record is not None:
+                        phase = "train" if self.done > self.warmup else "warmup"
+                        record.write(self.done, phase, metrics)
+                    self._grid()
+                    if self.done % self.config.output.checkpoint_every == 0 or self.done in (
+                        end,
+                        self.warmup,
+                    ):
+                        self._checkpoint()
+                    advance(metrics)
+        except Diverged as error:
+            raise UserError(self._diverged(error)) from error
+        finally:
+            if record is not None:
+                record.close()
+        return self.done == total
+
+    def inputs(self) -> dict[str, Path | str]:
+        """The directories that this run read, for the manifest."""
+        paths = self.config.networks
+        used: dict[str, Path | str] = {"stable_diffusion": resolve_path(paths.stable_diffusion)}
+        if self.players.clip is not None:
+            used["clip"] = resolve_path(paths.clip)
+        if self.players.qalign is not None:
+            used["qalign"] = resolve_path(paths.qalign)
+        return {**used, "classes": self.out / CLASSES_FILE}
+
+    def _timed_update(self) -> Metrics:
+        start = time.perf_counter()
+        warming = self.done < self.warmup
+        metrics = self._warmup_update() if warming else self._train_update()
+        self.done += 1
+        seconds = time.perf_counter() - start
+        images = self.global_batch * (2 if warming else 1)
+        return {**metrics, "images_per_second": images / seconds}
+
+    def _warmup_update(self) -> Metrics:
+        batch = self._batch("warmup", self.done, 2 * self.config.batch_size)
+        features = warmup_features(self.players, self.config, batch)
+        return discriminator_update(self.players, self.config, features, batch.negatives_B)
+
+    def _train_update(self) -> Metrics:
+        """The generator first, against the discriminator as it is; then the discriminator, on the same images."""
+        batch = self._batch("train", self.done - self.warmup, self.config.batch_size)
+        features, metrics = generator_update(self.players, self.config, batch)
+        metrics["generator_lr"] = self.config.generator.lr
+        if self.players.discriminator is not None and features is not None:
+            metrics |= discriminator_update(self.players, self.config, features, batch.negatives_B)
+            metrics["discriminator_lr"] = self.config.discriminator.lr
+        return metrics
+
+    def _batch(self, phase: str, update: int, size: int) -> Batch:
+        shape, state = self.players.sd.latent_shape(), self.state
+        return draw_batch(
+            self.config,
+            self.classes.names,
+            shape,
+            phase,
+            update,
+            size,
+            state.process_index,
+            state.num_processes,
+        )
+
+    def _restore(self) -> int:
+        found = list_checkpoints(self.checkpoints)
+        return restore_checkpoint(found[-1], self.players) if found else 0
+
+    def _checkpoint(self) -> None:
+        if self.state.is_main_process:
+            save_checkpoint(self.checkpoints, self.players, self.done, self.config.output.keep_checkpoints)
+        self.state.wait_for_everyone()
+
+    def _grid(self) -> None:
+        """At update 0 (the base generator), every so often, and at the end."""
+        every, update = self.config.output.grid_every, max(0, self.done - self.warmup)
+        if not every or not self.state.is_main_process:
+            return
+        path = self.out / SAMPLES / f"{update:06d}.png"
+        if (update % every == 0 or update == self.updates) and not path.exists():
+            save_grid(path, self.players, self.config)
+
+    def _announce(self, total: int) -> None:
+        state, config = self.state, self.config
+        self.console.print(self.players.attention)
+        self.console.print(
+            f"{len(self.classes)} classes, {self.warmup} warm-up and {self.updates} updates of "
+            f"{self.global_batch} images; {state.num_processes} process(es) on {state.device.type}, "
+            f"precision {config.precision}"
+        )
+        if self.done:
+            self.console.print(f"continuing after {self.done} of {total} updates")
+
+    def _diverged(self, error: Diverged) -> str:
+        found = list_checkpoints(self.checkpoints)
+        kept = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+        return (
+            f"update {self.done + 1}: {error}; stopped before it reached the weights, {kept}. "
+            "Lower generator.lr or discriminator.lr and start again with --overwrite"
+        )
+
+
+def _warmup_updates(config: TrainConfig, classes: int, global_batch: int) -> int:
+    settings = config.discriminator
+    if not discriminator_in_play(config.losses):
+        return 0
+    if settings.warmup_updates is not None:
+        return settings.warmup_updates
+    return updates_for(settings.warmup_epochs, classes, 2 * global_batch)

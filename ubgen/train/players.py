@@ -1,0 +1,132 @@
+"""The networks of a run: the frozen ones, the two that are trained, and their optimisers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ubgen.classes import ClassList
+from ubgen.diffusion import StableDiffusion, add_lora, encode_prompts, load_stable_diffusion, with_sampler
+from ubgen.errors import UserError
+from ubgen.rewards import Clip, Discriminator, QAlign
+from ubgen.train.attention import set_attention
+from ubgen.train.config import DiscriminatorConfig, GeneratorConfig, LossConfig, TrainConfig
+
+HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Players:
+    """All that an update needs. Networks that the losses do not use are None."""
+
+    sd: StableDiffusion
+    scheduler: Any
+    clip: Clip | None
+    qalign: QAlign | None
+    lora: list[nn.Parameter]
+    generator_optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    discriminator: Discriminator | None
+    discriminator_optimizer: torch.optim.Optimizer | None
+    prompts_NSD: Tensor
+    uncond_1SD: Tensor
+    names_ND: Tensor | None  # CLIP features of the bare class names: what the discriminator calls real
+    descriptions_ND: Tensor | None  # CLIP features of "photo of <class>"
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision for everything between the latents and the losses."""
+        # no cache: a LoRA weight first cast in a step without gradient would be reused, without one, where it trains
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=half, cache_enabled=False)
+
+
+def load_players(config: TrainConfig, classes: ClassList, device: torch.device) -> Players:
+    """Read, freeze and equip the networks; texts are encoded once, here."""
+    dtype = HALF[config.precision]
+    sd = load_stable_diffusion(config.networks.stable_diffusion, dtype, device)
+    lora = _equip_unet(sd.unet, config)
+    clip, qalign = _load_rewards(config, dtype, device)
+    discriminator = _make_discriminator(config, clip, classes, device)
+    prompts = [config.prompt.replace("{name}", name) for name in classes.names]
+    descriptions = [config.description.replace("{name}", name) for name in classes.names]
+    return Players(
+        sd=sd,
+        scheduler=with_sampler(sd.scheduler, config.rollout.sampler),
+        clip=clip,
+        qalign=qalign,
+        lora=lora,
+        generator_optimizer=_adamw(lora, config.generator),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        discriminator=discriminator,
+        discriminator_optimizer=discriminator
+        and _adamw(list(discriminator.parameters()), config.discriminator),
+        prompts_NSD=torch.cat([encode_prompts(sd, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]),
+        uncond_1SD=encode_prompts(sd, [""]),
+        names_ND=None if clip is None else clip.encode_text(classes.names).float(),
+        descriptions_ND=None if clip is None else clip.encode_text(descriptions).float(),
+        device=device,
+        dtype=dtype,
+        attention=set_attention(sd.unet, config.attention, device, config.precision),
+    )
+
+
+def discriminator_in_play(losses: LossConfig) -> bool:
+    """Whether the adversarial game is played at all."""
+    return losses.entire > 0
+
+
+def _equip_unet(unet: Any, config: TrainConfig) -> list[nn.Parameter]:
+    lora = add_lora(unet, config.generator.lora_rank, config.generator.lora_alpha, config.seed)
+    if config.rollout.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()
+    return lora
+
+
+def _load_rewards(
+    config: TrainConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[Clip | None, QAlign | None]:
+    losses = config.losses
+    needs_clip = losses.entire > 0 or losses.individual > 0 or losses.log_unused
+    needs_qalign = losses.quality > 0 or losses.log_unused
+    clip = Clip.load(config.networks.clip, dtype, device) if needs_clip else None
+    qalign = QAlign.load(config.networks.qalign, dtype, device) if needs_qalign else None
+    return clip, qalign
+
+
+def _make_discriminator(
+    config: TrainConfig, clip: Clip | None, classes: ClassList, device: torch.device
+) -> Discriminator | None:
+    if not discriminator_in_play(config.losses) or clip is None:
+        return None
+    if len(set(classes.names)) < 2:
+        raise UserError("classes: the entire alignment loss needs at least two different class names")
+    settings = config.discriminator
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = Discriminator(
+            clip.dim, settings.hidden, settings.activation, settings.slope, settings.features
+        )
+    return network.to(device)
+
+
+def _discriminator_adamw(
+    discriminator: Discriminator | None, settings: DiscriminatorConfig
+) -> torch.optim.Optimizer | None:
+    return None if discriminator is None else _adamw(list(discriminator.parameters()), settings)
+
+
+def _adamw(
+    parameters: list[nn.Parameter], settings: GeneratorConfig | DiscriminatorConfig
+) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )

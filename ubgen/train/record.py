@@ -1,0 +1,88 @@
+"""What a run leaves for people: metrics as JSON lines and in TensorBoard, and sample grids."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from ubgen.diffusion import decode, initial_noise, sample, with_sampler
+from ubgen.manifest import atomic_write
+from ubgen.train.config import TrainConfig
+from ubgen.train.players import Players
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Record:
+    """Appends one line per update to metrics.jsonl and mirrors it to TensorBoard.
+
+    A continued run first drops the lines after its checkpoint: those updates are done again.
+    """
+
+    def __init__(self, out: Path, done: int) -> None:
+        self.path = out / METRICS_FILE
+        kept = [line for line in _complete_lines(self.path) if json.loads(line)["step"] <= done]
+        atomic_write(self.path, "".join(line + "\n" for line in kept))
+        self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)
+
+    def write(self, step: int, phase: str, metrics: dict[str, float]) -> None:
+        """`step` counts all updates from 1, the warm-up's too."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with self.path.open(
+            "a", encoding="utf-8"
+        ) as file:  # JSON has no inf (a norm that the loss scaler skipped)
+            file.write(json.dumps({"step": step, "phase": phase, **finite}) + "\n")
+        for name, value in metrics.items():
+            self.tensorboard.add_scalar(f"{phase}/{name}", value, step)
+
+    def close(self) -> None:
+        self.tensorboard.close()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """A killed process may have left half of a last line."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+def save_grid(path: Path, players: Players, config: TrainConfig) -> None:
+    """A PNG of PNDM samples: a column per class, always the same classes and the same starting noise."""
+    count, rows = len(players.prompts_NSD), config.output.grid_rows
+    columns = min(config.output.grid_classes, count)
+    classes = [column * count // columns for column in range(columns)]
+    identities = [(cls, row) for row in range(rows) for cls in classes]
+    pieces = [
+        _sample_images(players, config, identities[i : i + 2 * config.batch_size])
+        for i in range(0, len(identities), 2 * config.batch_size)
+    ]
+    grid = make_grid(torch.cat(pieces).clamp(0, 1), nrow=columns, padding=2)
+    buffer = io.BytesIO()
+    to_pil_image(grid).save(buffer, format="PNG")
+    path.parent.mkdir(exist_ok=True)
+    atomic_write(path, buffer.getvalue())
+
+
+@torch.no_grad()
+def _sample_images(players: Players, config: TrainConfig, identities: list[tuple[int, int]]) -> torch.Tensor:
+    """Images B3HW on the CPU; each identity is (class index, image index)."""
+    shape = players.sd.latent_shape()
+    noise = torch.stack([initial_noise(config.seed, cls, image, shape) for cls, image in identities])
+    cond = players.prompts_NSD[[cls for cls, _ in identities]]
+    with players.autocast():
+        latents = sample(
+            players.sd.unet,
+            with_sampler(players.sd.scheduler, "pndm"),
+            noise.to(players.device),
+            cond,
+            players.uncond_1SD,
+            steps=config.output.grid_steps,
+            guidance=config.rollout.guidance,
+        )
+        return decode(players.sd.vae, latents).cpu()

@@ -1,0 +1,183 @@
+"""One update of each player."""
+
+import math
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+from ubgen.diffusion import decode, rollout, sample
+from ubgen.rewards import (
+    LossWeights,
+    discriminator_loss,
+    entire_alignment_loss,
+    generator_loss,
+    individual_alignment_loss,
+    quality_loss,
+)
+from ubgen.train.config import TrainConfig
+from ubgen.train.players import Players
+from ubgen.train.stream import Batch
+
+Metrics = dict[str, float]
+UNSCALED = torch.amp.GradScaler(enabled=False)  # the discriminator computes in float32 throughout
+
+
+class Diverged(Exception):
+    """A loss or a gradient is not finite; the weights have not been touched. The message names it."""
+
+
+def generator_update(players: Players, config: TrainConfig, batch: Batch) -> tuple[Tensor | None, Metrics]:
+    """Eq. 8 back through the sampler into the LoRA. Returns the images' CLIP features, detached, and metrics."""
+    with players.autocast():
+        images = _rollout_images(players, config, batch)
+        features = _clip_features(players, config, images)
+        terms, metrics = _reward_terms(players, config, batch, images, features)
+    losses = config.losses
+    weights = LossWeights(losses.entire, losses.individual, losses.quality)
+    loss = generator_loss(terms, weights)
+    means = _mean_over_processes({"loss": loss.detach(), **metrics})
+    _require_finite(means)
+    players.scaler.scale(loss).backward(inputs=players.lora)
+    means["generator_grad_norm"] = _step(
+        players.lora, players.generator_optimizer, config.generator.clip, players.scaler
+    )
+    return None if features is None else features.detach(), means
+
+
+def discriminator_update(
+    players: Players, config: TrainConfig, features: Tensor, negatives_B: Tensor
+) -> Metrics:
+    """Eq. 5 from the other side, on the same images: `features` are theirs, detached."""
+    discriminator, optimizer = players.discriminator, players.discriminator_optimizer
+    assert discriminator is not None and optimizer is not None  # the caller checked
+    assert players.names_ND is not None
+    texts = players.names_ND[negatives_B.to(players.device)]
+    loss = discriminator_loss(discriminator, features, texts)
+    means = _mean_over_processes(
+        {
+            "discriminator_loss": loss.detach(),
+            "discriminator_accuracy": _accuracy(discriminator, features, texts),
+        }
+    )
+    _require_finite(means)
+    loss.backward()
+    parameters = list(discriminator.parameters())
+    means["discriminator_grad_norm"] = _step(parameters, optimizer, config.discriminator.clip, UNSCALED)
+    return means
+
+
+@torch.no_grad()
+def warmup_features(players: Players, config: TrainConfig, batch: Batch) -> Tensor:
+    """CLIP features of images by the generator as it stands, without any gradient."""
+    cond, settings = players.prompts_NSD[batch.classes_B.to(players.device)], config.rollout
+    with players.autocast():
+        latents = sample(
+            players.sd.unet,
+            players.scheduler,
+            batch.latents.to(players.device),
+            cond,
+            players.uncond_1SD,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            step_noise=batch.step_noise,
+        )
+        assert players.clip is not None
+        return players.clip.encode_image(decode(players.sd.vae, latents)).float()
+
+
+def _rollout_images(players: Players, config: TrainConfig, batch: Batch) -> Tensor:
+    settings = config.rollout
+    latents = rollout(
+        players.sd.unet,
+        players.scheduler,
+        batch.latents.to(players.device),
+        players.prompts_NSD[batch.classes_B.to(players.device)],
+        players.uncond_1SD,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        grad_steps=batch.grad_steps,
+        step_noise=batch.step_noise,
+        detach_unet_input=settings.detach_unet_input,
+    )
+    return decode(players.sd.vae, latents, settings.gradient_checkpointing)
+
+
+def _clip_features(players: Players, config: TrainConfig, images_B3HW: Tensor) -> Tensor | None:
+    if players.clip is None:
+        return None
+    with torch.set_grad_enabled(config.losses.entire > 0 or config.losses.individual > 0):
+        return players.clip.encode_image(images_B3HW).float()
+
+
+def _reward_terms(
+    players: Players, config: TrainConfig, batch: Batch, images: Tensor, features: Tensor | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The terms of Eq. 8 that are switched on, and everything that was measured, detached."""
+    losses, terms = config.losses, {}
+    metrics: dict[str, Tensor] = {}
+    if features is not None and players.descriptions_ND is not None:
+        texts = players.descriptions_ND[batch.classes_B.to(players.device)]
+        individual = individual_alignment_loss(features, texts)
+        metrics |= {"loss_individual": individual.detach(), "clip_similarity": 1 - individual.detach()}
+        if losses.individual > 0:
+            terms["individual"] = individual
+    if players.discriminator is not None and features is not None and players.names_ND is not None:
+        names = players.names_ND[batch.negatives_B.to(players.device)]
+        terms["entire"] = entire_alignment_loss(players.discriminator, features, names, losses.gan)
+        metrics["loss_entire"] = terms["entire"].detach()
+    if players.qalign is not None:
+        with torch.set_grad_enabled(losses.quality > 0):
+            scores = players.qalign.score(images, checkpoint=config.rollout.gradient_checkpointing)
+            quality = quality_loss(scores)
+        metrics |= {"loss_quality": quality.detach(), "quality": scores.detach().mean()}
+        if losses.quality > 0:
+            terms["quality"] = quality
+    return terms, metrics
+
+
+@torch.no_grad()
+def _accuracy(discriminator: nn.Module, images_BD: Tensor, texts_BD: Tensor) -> Tensor:
+    """Share of images called image and of texts called text."""
+    return ((discriminator(images_BD) > 0).float().mean() + (discriminator(texts_BD) < 0).float().mean()) / 2
+
+
+def _step(
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    clip: float,
+    scaler: torch.amp.GradScaler,
+) -> float:
+    """Average the gradients over the processes, clip, step, clear. Returns the norm before clipping.
+
+    Without loss scaling a gradient that is not finite raises Diverged; with it, the scaler skips the step and
+    halves its scale, which is given up where it no longer helps.
+    """
+    _average_gradients(parameters)
+    scaler.unscale_(optimizer)
+    norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+    if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1e-3):
+        raise Diverged(f"the gradient norm is {norm}")
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    """One reduction for all parameters; every process ends with the same bits."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def _mean_over_processes(values: dict[str, Tensor]) -> Metrics:
+    means = reduce(torch.stack([value.float() for value in values.values()]), "mean").tolist()
+    return dict(zip(values, means, strict=True))
+
+
+def _require_finite(metrics: Metrics) -> None:
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise Diverged(f"{name} is {value}")
