@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ubgen.classes import load_classes
 from ubgen.config import require_directory
 from ubgen.diffusion import LORA_FILE, StableDiffusion, load_stable_diffusion, merge_lora
@@ -14,7 +16,7 @@ from ubgen.export.inputs import RealInputs, real_inputs
 from ubgen.export.networks import Exportable, clip_networks, qalign_networks, stable_diffusion_networks
 from ubgen.export.onnx import export_onnx
 from ubgen.export.parity import ParityRow, check_parity
-from ubgen.export.spec import EngineSpec
+from ubgen.export.spec import EngineSpec, NetworkSpec
 from ubgen.manifest import content_hash, read_manifest, stage_directory
 from ubgen.rewards import Clip, QAlign
 from ubgen.runtime.backends import backend
@@ -40,13 +42,12 @@ def export_engine(
     lora: str | Path | None = None,
     *,
     overwrite: bool = False,
-    threads: int = 0,
     say: Say = lambda line: None,
 ) -> Exported:
     """Compile the networks of `spec`, with the LoRA at `lora` merged into the UNet, into the directory `out`.
 
     UserError when an input is missing, `out` is finished with another engine and `overwrite` is not given, or a
-    network is further from PyTorch than its tolerance; `out` then stays unfinished. `threads`: 0 is torch's number.
+    network is further from PyTorch than its tolerance; `out` then stays unfinished.
     """
     out = Path(out)
     load_classes(spec.parity.classes)
@@ -57,7 +58,7 @@ def export_engine(
         return Exported(out, key, finished, built=False)
     config = {"spec": spec.content(), "weights": {name: str(path) for name, path in inputs.items()}}
     with stage_directory(out, "export", config, overwrite=overwrite) as stage:
-        entries, rows = _compile_all(spec, inputs, out, threads, say)
+        entries, rows = _compile_all(spec, inputs, out, say)
         engine = {"key": key, "parts": parts, "networks": entries, "extras": _file_hashes(out, _extras(out))}
         stage.finish(inputs, engine=engine, parity=[row.to_dict() for row in rows])
     return Exported(out, key, rows, built=True)
@@ -66,12 +67,12 @@ def export_engine(
 def _inputs(spec: EngineSpec, lora: str | Path | None) -> dict[str, Path]:
     weights = spec.weights
     inputs = {
-        "stable-diffusion": require_directory(weights.stable_diffusion, "--stable-diffusion", "unet", "vae"),
+        "stable_diffusion": require_directory(weights.stable_diffusion, "--stable-diffusion", "unet", "vae"),
         "clip": require_directory(weights.clip, "--clip", "open_clip_config.json"),
         "qalign": require_directory(weights.qalign, "--qalign", "config.json"),
     }
     require_directory(
-        inputs["stable-diffusion"], "--stable-diffusion", "text_encoder", "tokenizer", "scheduler"
+        inputs["stable_diffusion"], "--stable-diffusion", "text_encoder", "tokenizer", "scheduler"
     )
     if lora is not None:
         directory = require_directory(lora, "--lora")
@@ -101,14 +102,14 @@ def _finished(out: Path, key: str, spec: EngineSpec) -> list[ParityRow] | None:
 
 
 def _compile_all(
-    spec: EngineSpec, inputs: Mapping[str, Path], out: Path, threads: int, say: Say
+    spec: EngineSpec, inputs: Mapping[str, Path], out: Path, say: Say
 ) -> tuple[dict[str, Any], list[ParityRow]]:
     """Manifest entries and parity rows of all networks; one model family is in memory at a time."""
     entries, rows = {}, []
     specs = dict(spec.networks.items())
     for name, network in _families(spec, inputs, say):
         say(f"{name}: exporting")
-        entry, row = _compile(name, network, specs[name], out, threads or 0, spec.device)
+        entry, row = _compile(name, network, specs[name], out, spec.device)
         if not row.passed:
             raise UserError(
                 f"{name}: the engine differs from PyTorch by {row.error:.2e}, more than the spec's tolerance "
@@ -130,7 +131,7 @@ def _families(spec: EngineSpec, inputs: Mapping[str, Path], say: Say) -> Iterato
 
 
 def _stable_diffusion(spec: EngineSpec, inputs: Mapping[str, Path]) -> tuple[StableDiffusion, RealInputs]:
-    sd = load_stable_diffusion(inputs["stable-diffusion"])
+    sd = load_stable_diffusion(inputs["stable_diffusion"])
     if "lora" in inputs:
         merge_lora(sd.unet, inputs["lora"])
         sd.unet.eval().requires_grad_(False)
@@ -138,14 +139,12 @@ def _stable_diffusion(spec: EngineSpec, inputs: Mapping[str, Path]) -> tuple[Sta
 
 
 def _compile(
-    name: str, network: Exportable, spec: Any, out: Path, threads: int, device: str
+    name: str, network: Exportable, spec: NetworkSpec, out: Path, device: str
 ) -> tuple[dict[str, Any], ParityRow]:
-    import torch
-
     files = export_onnx(network, spec, out / f"{name}.onnx")
     signature = network.signature(spec.batch)
     load = backend(spec.compiler).load
-    engine = load(name, files[0], signature, device, threads or torch.get_num_threads())
+    engine = load(name, files[0], signature, device, torch.get_num_threads())
     entry = {
         "compiler": spec.compiler,
         "precision": spec.precision,
@@ -158,7 +157,7 @@ def _compile(
 
 def _copy_extras(inputs: Mapping[str, Path], out: Path) -> None:
     """What synthesis needs besides networks: both tokenizers and the scheduler's settings."""
-    sd = inputs["stable-diffusion"]
+    sd = inputs["stable_diffusion"]
     for source, target in (
         (sd / "tokenizer", "tokenizer"),
         (sd / "scheduler", "scheduler"),

@@ -20,7 +20,7 @@ class Budget:
 
     vae_steps: int = 3000
     vae_images: int = 12000
-    unet_steps: int = 4000
+    unet_steps: int = 3200
     unet_images: int = 24000
     oracle_steps: int = 900
     clip_steps: int = 1500

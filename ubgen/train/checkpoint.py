@@ -44,8 +44,8 @@ def save_checkpoint(directory: Path, players: Players, done: int, keep: int) -> 
 def save_players(directory: Path, players: Players) -> None:
     """The LoRA in diffusers format, and the discriminator where there is one."""
     save_lora(players.sd.unet, directory)
-    if players.discriminator is not None:
-        tensors = {name: t.detach().cpu() for name, t in players.discriminator.state_dict().items()}
+    if players.adversary is not None:
+        tensors = {name: t.detach().cpu() for name, t in players.adversary.network.state_dict().items()}
         atomic_write(directory / DISCRIMINATOR_FILE, save(tensors))
 
 
@@ -61,9 +61,9 @@ def restore_checkpoint(path: Path, players: Players) -> int:
         restore_lora(players.sd.unet, path / LORA_FILE)
         players.generator_optimizer.load_state_dict(state["generator_optimizer"])
         players.scaler.load_state_dict(state["scaler"])
-        if players.discriminator is not None and players.discriminator_optimizer is not None:
-            players.discriminator.load_state_dict(load_file(path / DISCRIMINATOR_FILE))
-            players.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        if players.adversary is not None:
+            players.adversary.network.load_state_dict(load_file(path / DISCRIMINATOR_FILE))
+            players.adversary.optimizer.load_state_dict(state["discriminator_optimizer"])
         return int(state["done"])
     except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
         raise UserError(
@@ -78,11 +78,11 @@ def remove_unfinished(directory: Path) -> None:
 
 
 def _state_bytes(players: Players, done: int) -> bytes:
-    optimizer = players.discriminator_optimizer
+    adversary = players.adversary
     state: dict[str, Any] = {
         "done": done,
         "generator_optimizer": players.generator_optimizer.state_dict(),
-        "discriminator_optimizer": None if optimizer is None else optimizer.state_dict(),
+        "discriminator_optimizer": None if adversary is None else adversary.optimizer.state_dict(),
         "scaler": players.scaler.state_dict(),
     }
     buffer = io.BytesIO()

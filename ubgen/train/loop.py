@@ -112,15 +112,16 @@ class Run:
     def _warmup_update(self) -> Metrics:
         batch = self._batch("warmup", self.done, 2 * self.config.batch_size)
         features = warmup_features(self.players, self.config, batch)
-        return discriminator_update(self.players, self.config, features, batch.negatives_B)
+        assert self.players.adversary is not None  # without one there is no warm-up
+        return discriminator_update(self.players.adversary, self.config, features, batch.negatives_B)
 
     def _train_update(self) -> Metrics:
         """The generator first, against the discriminator as it is; then the discriminator, on the same images."""
         batch = self._batch("train", self.done - self.warmup, self.config.batch_size)
         features, metrics = generator_update(self.players, self.config, batch)
         metrics["generator_lr"] = self.config.generator.lr
-        if self.players.discriminator is not None and features is not None:
-            metrics |= discriminator_update(self.players, self.config, features, batch.negatives_B)
+        if self.players.adversary is not None and features is not None:
+            metrics |= discriminator_update(self.players.adversary, self.config, features, batch.negatives_B)
             metrics["discriminator_lr"] = self.config.discriminator.lr
         return metrics
 

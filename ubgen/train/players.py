@@ -17,6 +17,15 @@ HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
+class Adversary:
+    """The discriminator, and what it takes to train it."""
+
+    network: Discriminator
+    optimizer: torch.optim.Optimizer
+    names_ND: Tensor  # CLIP features of the bare class names: the texts of Eq. 5
+
+
+@dataclass
 class Players:
     """All that an update needs. Networks that the losses do not use are None."""
 
@@ -27,11 +36,9 @@ class Players:
     lora: list[nn.Parameter]
     generator_optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    discriminator: Discriminator | None
-    discriminator_optimizer: torch.optim.Optimizer | None
+    adversary: Adversary | None
     prompts_NSD: Tensor
     uncond_1SD: Tensor
-    names_ND: Tensor | None  # CLIP features of the bare class names: what the discriminator calls real
     descriptions_ND: Tensor | None  # CLIP features of "photo of <class>"
     device: torch.device
     dtype: torch.dtype
@@ -50,7 +57,6 @@ def load_players(config: TrainConfig, classes: ClassList, device: torch.device) 
     sd = load_stable_diffusion(config.networks.stable_diffusion, dtype, device)
     lora = _equip_unet(sd.unet, config)
     clip, qalign = _load_rewards(config, dtype, device)
-    discriminator = _make_discriminator(config, clip, classes, device)
     prompts = [config.prompt.replace("{name}", name) for name in classes.names]
     descriptions = [config.description.replace("{name}", name) for name in classes.names]
     return Players(
@@ -61,12 +67,9 @@ def load_players(config: TrainConfig, classes: ClassList, device: torch.device) 
         lora=lora,
         generator_optimizer=_adamw(lora, config.generator),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        discriminator=discriminator,
-        discriminator_optimizer=discriminator
-        and _adamw(list(discriminator.parameters()), config.discriminator),
+        adversary=_make_adversary(config, clip, classes, device),
         prompts_NSD=torch.cat([encode_prompts(sd, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]),
         uncond_1SD=encode_prompts(sd, [""]),
-        names_ND=None if clip is None else clip.encode_text(classes.names).float(),
         descriptions_ND=None if clip is None else clip.encode_text(descriptions).float(),
         device=device,
         dtype=dtype,
@@ -98,9 +101,9 @@ def _load_rewards(
     return clip, qalign
 
 
-def _make_discriminator(
+def _make_adversary(
     config: TrainConfig, clip: Clip | None, classes: ClassList, device: torch.device
-) -> Discriminator | None:
+) -> Adversary | None:
     if not discriminator_in_play(config.losses) or clip is None:
         return None
     if len(set(classes.names)) < 2:
@@ -111,13 +114,9 @@ def _make_discriminator(
         network = Discriminator(
             clip.dim, settings.hidden, settings.activation, settings.slope, settings.features
         )
-    return network.to(device)
-
-
-def _discriminator_adamw(
-    discriminator: Discriminator | None, settings: DiscriminatorConfig
-) -> torch.optim.Optimizer | None:
-    return None if discriminator is None else _adamw(list(discriminator.parameters()), settings)
+    network.to(device)
+    optimizer = _adamw(list(network.parameters()), settings)
+    return Adversary(network, optimizer, clip.encode_text(classes.names).float())
 
 
 def _adamw(

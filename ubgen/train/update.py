@@ -16,7 +16,7 @@ from ubgen.rewards import (
     quality_loss,
 )
 from ubgen.train.config import TrainConfig
-from ubgen.train.players import Players
+from ubgen.train.players import Adversary, Players
 from ubgen.train.stream import Batch
 
 Metrics = dict[str, float]
@@ -46,25 +46,18 @@ def generator_update(players: Players, config: TrainConfig, batch: Batch) -> tup
 
 
 def discriminator_update(
-    players: Players, config: TrainConfig, features: Tensor, negatives_B: Tensor
+    adversary: Adversary, config: TrainConfig, features_BD: Tensor, negatives_B: Tensor
 ) -> Metrics:
-    """Eq. 5 from the other side, on the same images: `features` are theirs, detached."""
-    discriminator, optimizer = players.discriminator, players.discriminator_optimizer
-    assert discriminator is not None and optimizer is not None  # the caller checked
-    assert players.names_ND is not None
-    texts = players.names_ND[negatives_B.to(players.device)]
-    loss = discriminator_loss(discriminator, features, texts)
-    means = _mean_over_processes(
-        {
-            "discriminator_loss": loss.detach(),
-            "discriminator_accuracy": _accuracy(discriminator, features, texts),
-        }
-    )
+    """Eq. 5 from the other side, on the same images: `features_BD` are theirs, detached."""
+    network, texts = adversary.network, adversary.names_ND[negatives_B.to(features_BD.device)]
+    loss = discriminator_loss(network, features_BD, texts)
+    accuracy = _accuracy(network, features_BD, texts)
+    means = _mean_over_processes({"discriminator_loss": loss.detach(), "discriminator_accuracy": accuracy})
     _require_finite(means)
     loss.backward()
-    parameters = list(discriminator.parameters())
-    means["discriminator_grad_norm"] = _step(parameters, optimizer, config.discriminator.clip, UNSCALED)
-    return means
+    parameters = list(network.parameters())
+    norm = _step(parameters, adversary.optimizer, config.discriminator.clip, UNSCALED)
+    return {**means, "discriminator_grad_norm": norm}
 
 
 @torch.no_grad()
@@ -122,9 +115,9 @@ def _reward_terms(
         metrics |= {"loss_individual": individual.detach(), "clip_similarity": 1 - individual.detach()}
         if losses.individual > 0:
             terms["individual"] = individual
-    if players.discriminator is not None and features is not None and players.names_ND is not None:
-        names = players.names_ND[batch.negatives_B.to(players.device)]
-        terms["entire"] = entire_alignment_loss(players.discriminator, features, names, losses.gan)
+    if players.adversary is not None and features is not None:
+        names = players.adversary.names_ND[batch.negatives_B.to(players.device)]
+        terms["entire"] = entire_alignment_loss(players.adversary.network, features, names, losses.gan)
         metrics["loss_entire"] = terms["entire"].detach()
     if players.qalign is not None:
         with torch.set_grad_enabled(losses.quality > 0):

@@ -89,6 +89,7 @@ def write_stable_diffusion(path: Path) -> None:
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
         norm_num_groups=4,
     ).save_pretrained(path / "vae")
     tokens = write_tokenizer(path / "tokenizer")
@@ -148,5 +149,8 @@ def write_qalign(path: Path) -> None:
     from ubgen.rewards import QAlign
 
     config = json.loads((GOLDEN / "qalign" / "config.json").read_text(encoding="utf-8"))
+    visual = config["visual_config"]
+    for part in (config, visual["visual_model"], visual["visual_abstractor"]):
+        part["num_hidden_layers"] = 1
     config["scoring"]["prompt_ids"] = [1, 5, 7, config["scoring"]["image_token_index"], 9, 11]
     QAlign.from_config(config).save(path)

@@ -86,7 +86,7 @@ def test_images_and_scores_are_those_of_pytorch(dataset: Path, family: dict[str,
     with torch.no_grad():
         wanted = (decode(sd.vae, latents).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     samples = open_dataset(dataset)[:10]
-    pixels = torch.stack([torch.from_numpy(np.asarray(s.image)) for s in samples])
+    pixels = torch.stack([torch.tensor(np.asarray(s.image)) for s in samples])
     assert ((pixels.int() - wanted.int()).abs() <= 1).float().mean() >= 0.999
     images = pixels.permute(0, 3, 1, 2).float() / 255
     clip, qalign = Clip.load(family["clip"]), QAlign.load(family["qalign"])

@@ -1,0 +1,116 @@
+"""A wrong input or a failing machine: one clear line, a non-zero exit, and nothing finished is lost."""
+
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from ubgen.cli.train import parse
+from ubgen.errors import UserError
+from ubgen.train import TrainConfig, train
+
+Change = Callable[..., TrainConfig]
+Write = Callable[[TrainConfig, Path], Path]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "ubgen.cli.train", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300)
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
+    config: TrainConfig, change: Change, write_recipe: Write, tmp_path: Path
+) -> None:
+    """A learning rate that throws the weights out of range at the first generator update."""
+    wild = write_recipe(change(config, "generator", lr=1e30), tmp_path / "recipe.toml")
+    done = command("--recipe", str(wild), "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
+    error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert "update 4: " in error[0]
+    assert "is nan" in error[0] or "is inf" in error[0]
+    assert str(tmp_path / "run" / "checkpoints" / "000002") in error[0]
+    lora = load_file(tmp_path / "run" / "checkpoints" / "000002" / "pytorch_lora_weights.safetensors")
+    assert all(tensor.isfinite().all() for tensor in lora.values())
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    assert "Traceback" not in done.stderr
+
+
+def test_failing_disk_leaves_the_previous_checkpoint(config: TrainConfig, tmp_path: Path) -> None:
+    """A limit on the size of files: the next checkpoint cannot be written, as on a full disk."""
+    out = tmp_path / "run"
+    train(config, out, stop_after=2)
+    before = {path.name: path.read_bytes() for path in (out / "checkpoints" / "000002").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            train(config, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["000002"]
+    assert before == {path.name: path.read_bytes() for path in (out / "checkpoints" / "000002").iterdir()}
+    assert train(config, out)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "clip", "qalign"])
+def test_missing_weights_directory(config: TrainConfig, change: Change, name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="/nowhere"):
+        train(change(config, "networks", **{name: "/nowhere"}), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("stable_diffusion", "unet/diffusion_pytorch_model.safetensors"),
+        ("clip", "open_clip_model.safetensors"),
+        ("qalign", "model.safetensors"),
+    ],
+)
+def test_missing_tensor(config: TrainConfig, change: Change, name: str, file: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(getattr(config.networks, name), tmp_path / name)
+    tensors = load_file(copy / file)
+    lost = sorted(tensors)[len(tensors) // 2]
+    del tensors[lost]
+    save_file(tensors, copy / file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=lost.replace(".", r"\.")):
+        train(change(config, "networks", **{name: str(copy)}), tmp_path / "run")
+
+
+def test_one_class_name_is_too_few_for_the_discriminator(config: TrainConfig, tmp_path: Path) -> None:
+    import dataclasses
+
+    (tmp_path / "one.txt").write_text("cat\n")
+    with pytest.raises(UserError, match="at least two"):
+        train(dataclasses.replace(config, classes=str(tmp_path / "one.txt")), tmp_path / "run")
+
+
+def test_unknown_recipe_key(config: TrainConfig, write_recipe: Write, tmp_path: Path) -> None:
+    recipe = write_recipe(config, tmp_path / "recipe.toml")
+    recipe.write_text("batchsize = 3\n" + recipe.read_text())
+    with pytest.raises(UserError, match=r"'batchsize'.*'batch_size'"):
+        parse(["--recipe", str(recipe)])
+
+
+def test_command_line_overrides_the_recipe(config: TrainConfig, write_recipe: Write, tmp_path: Path) -> None:
+    recipe = write_recipe(config, tmp_path / "recipe.toml")
+    given = parse(["--recipe", str(recipe), "--losses.quality", "0", "--batch-size", "3", "--out", "x"])
+    assert (given.config.losses.quality, given.config.batch_size, given.out) == (0.0, 3, Path("x"))
+    assert given.config.generator == config.generator
+
+
+def test_help_shows_the_recipes_values(
+    config: TrainConfig, write_recipe: Write, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    recipe = write_recipe(config, tmp_path / "recipe.toml")
+    with pytest.raises(SystemExit) as left:
+        parse(["--recipe", str(recipe), "--help"])
+    assert left.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--generator.lr" in text
+    assert "0.001" in text

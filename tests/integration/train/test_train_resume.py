@@ -1,0 +1,124 @@
+"""A run that was stopped anywhere ends with the same bits as one that was not."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ubgen.diffusion import LORA_FILE
+from ubgen.errors import UserError
+from ubgen.train import TrainConfig, train
+from ubgen.train.checkpoint import DISCRIMINATOR_FILE
+
+RESULTS = (LORA_FILE, DISCRIMINATOR_FILE)
+
+
+def results(out: Path) -> list:
+    """Weights as bytes, and all metrics but the speed."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["images_per_second"]
+    return [*((out / name).read_bytes() for name in RESULTS), rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "train"
+    train(config, out)
+    return out
+
+
+def test_stopped_after_every_update(config: TrainConfig, uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    finished = [train(config, out, stop_after=1) for _ in range(6)]
+    assert finished == [False] * 5 + [True]
+    assert results(out) == results(uninterrupted)
+
+
+def test_killed_between_checkpoints(
+    config: TrainConfig,
+    uninterrupted: Path,
+    write_recipe: Callable[[TrainConfig, Path], Path],
+    tmp_path: Path,
+) -> None:
+    out, recipe = tmp_path / "run", write_recipe(config, tmp_path / "recipe.toml")
+    command = [sys.executable, "-m", "ubgen.cli.train", "--recipe", str(recipe), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    wait_for_lines(process, out / "metrics.jsonl", 3)  # checkpoints come after 2, 4 and 6
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "manifest.json").exists()
+    (out / "checkpoints" / ".writing-left-behind").mkdir()
+    assert train(config, out)
+    assert results(out) == results(uninterrupted)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["000002", "000004", "000006"]
+
+
+def wait_for_lines(process: subprocess.Popen, path: Path, lines: int) -> None:
+    for _ in range(6000):
+        if path.is_file() and path.read_text().count("\n") >= lines:
+            return
+        assert process.poll() is None, process.stderr and process.stderr.read().decode()
+        time.sleep(0.01)
+    raise AssertionError("the run made no progress")
+
+
+def test_killed_while_metrics_and_checkpoint_were_being_written(
+    config: TrainConfig, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    train(config, out, stop_after=4)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "phase": "train", "images_per_second": 1}\n{"step": 6, "pha')
+    last = out / "checkpoints" / "000004"
+    (last / "state.pt").unlink()  # as if the directory were incomplete: the one before it counts
+    assert train(config, out)
+    assert results(out) == results(uninterrupted)
+
+
+def test_another_configuration_does_not_continue(config: TrainConfig, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(config, out, stop_after=1)
+    with pytest.raises(UserError, match="seed was 42, now 43"):
+        train(dataclasses.replace(config, seed=43), out)
+    assert train(config, out)
+
+
+def test_a_damaged_checkpoint_is_named(config: TrainConfig, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(config, out, stop_after=2)
+    state = out / "checkpoints" / "000002" / "state.pt"
+    state.write_bytes(state.read_bytes()[:200])
+    with pytest.raises(UserError, match="000002: damaged checkpoint"):
+        train(config, out)
+
+
+def test_two_processes_end_where_one_does(
+    config: TrainConfig,
+    change: Callable[..., TrainConfig],
+    write_recipe: Callable[[TrainConfig, Path], Path],
+    tmp_path: Path,
+) -> None:
+    """Images belong to their place in the run, so sharing them changes the rounding only."""
+    import torch
+    from safetensors.torch import load_file
+
+    every_step = change(config, "rollout", grad_steps=4)
+    train(every_step, tmp_path / "one")
+    recipe = write_recipe(dataclasses.replace(every_step, batch_size=1), tmp_path / "recipe.toml")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "ubgen.cli.train", "--recipe", str(recipe), "--out", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stderr
+    one, two = (load_file(tmp_path / name / LORA_FILE) for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    assert [len(results(tmp_path / name)[2]) for name in ("one", "two")] == [6, 6]
