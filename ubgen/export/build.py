@@ -17,7 +17,7 @@ from ubgen.export.networks import Exportable, clip_networks, qalign_networks, st
 from ubgen.export.onnx import export_onnx
 from ubgen.export.parity import ParityRow, check_parity
 from ubgen.export.spec import EngineSpec, NetworkSpec
-from ubgen.manifest import content_hash, read_manifest, stage_directory
+from ubgen.manifest import MANIFEST, content_hash, read_manifest, stage_directory
 from ubgen.rewards import Clip, QAlign
 from ubgen.runtime.backends import backend
 from ubgen.runtime.key import check_engine, json_hash, key_parts
@@ -53,6 +53,7 @@ def export_engine(
     load_classes(spec.parity.classes)
     inputs = _inputs(spec, lora)
     parts = _parts(spec, inputs)
+    _check_base(inputs, parts["weights"]["stable_diffusion"])
     key = json_hash(parts)
     if finished := _finished(out, key, spec):
         return Exported(out, key, finished, built=False)
@@ -87,6 +88,18 @@ def _parts(spec: EngineSpec, inputs: Mapping[str, Path]) -> dict[str, Any]:
     lora = hashes.pop("lora", None)
     compilers = {network.compiler for _, network in spec.networks.items()}
     return key_parts(hashes, lora, spec.content(), compilers, spec.device)
+
+
+def _check_base(inputs: Mapping[str, Path], base: str) -> None:
+    """A LoRA of ours says which generator it was trained on; merged into another, it would make noise."""
+    if "lora" not in inputs or not (inputs["lora"].parent / MANIFEST).exists():
+        return
+    trained_on = read_manifest(inputs["lora"].parent, "train")["inputs"].get("stable_diffusion", {})
+    if trained_on.get("hash", base) != base:
+        raise UserError(
+            f"--lora: {inputs['lora'].parent} was trained on {trained_on['path']}, "
+            f"not on the weights in {inputs['stable_diffusion']}"
+        )
 
 
 def _finished(out: Path, key: str, spec: EngineSpec) -> list[ParityRow] | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ubgen.classes import load_classes
 from ubgen.diffusion import StableDiffusion, encode_prompts, initial_noise, sample, with_sampler
 from ubgen.errors import UserError
+from ubgen.export.networks import VaeDecoder
 from ubgen.export.spec import ParityInputs
 
 
@@ -26,8 +27,6 @@ class RealInputs:
 @torch.no_grad()
 def real_inputs(sd: StableDiffusion, settings: ParityInputs) -> RealInputs:
     """Sample `settings.images` images with PyTorch and keep what each network saw on the way."""
-    from ubgen.export.networks import VaeDecoder
-
     classes = load_classes(settings.classes)
     names = [classes.names[i % len(classes)] for i in range(settings.images)]
     ids = tokenize(sd, [*names, ""])

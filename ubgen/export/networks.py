@@ -1,8 +1,10 @@
 """The six networks of an engine as plain modules: tensors in, one tensor out, nothing left to do outside."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,9 @@ from ubgen.diffusion import StableDiffusion, decode
 from ubgen.export.spec import BatchRange
 from ubgen.rewards import Clip, QAlign
 from ubgen.runtime import Dim, Signature, TensorSpec
+
+if TYPE_CHECKING:
+    from ubgen.export.inputs import RealInputs
 
 
 class TextEncoder(nn.Module):
@@ -110,8 +115,7 @@ def _spec(name: str, tensor: Tensor, rows: Dim) -> TensorSpec:
     return TensorSpec(name, tensor.dtype, (rows, *tensor.shape[1:]))
 
 
-def stable_diffusion_networks(sd: StableDiffusion, real: Any) -> dict[str, Exportable]:
-    """`real`: `ubgen.export.inputs.RealInputs`."""
+def stable_diffusion_networks(sd: StableDiffusion, real: RealInputs) -> dict[str, Exportable]:
     return {
         "text_encoder": Exportable(TextEncoder(sd).eval(), [{"input_ids": real.input_ids}], "embeddings"),
         "unet": Exportable(UNet(sd).eval(), real.unet_calls, "noise"),
@@ -119,7 +123,7 @@ def stable_diffusion_networks(sd: StableDiffusion, real: Any) -> dict[str, Expor
     }
 
 
-def clip_networks(clip: Clip, real: Any) -> dict[str, Exportable]:
+def clip_networks(clip: Clip, real: RealInputs) -> dict[str, Exportable]:
     tokens = clip.tokenizer([f"photo of {name}" for name in real.names])
     return {
         "clip_image": Exportable(ClipImage(clip).eval(), [{"pixels": real.pixels}], "features"),
@@ -127,5 +131,5 @@ def clip_networks(clip: Clip, real: Any) -> dict[str, Exportable]:
     }
 
 
-def qalign_networks(qalign: QAlign, real: Any) -> dict[str, Exportable]:
+def qalign_networks(qalign: QAlign, real: RealInputs) -> dict[str, Exportable]:
     return {"qalign": Exportable(QAlignScore(qalign).eval(), [{"pixels": real.pixels}], "score")}

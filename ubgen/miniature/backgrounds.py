@@ -46,7 +46,11 @@ def _brick(rng: np.random.Generator) -> np.ndarray:
     y = _Y * 5 + rng.uniform()
     x = _X * 3 + rng.uniform() + 0.5 * (np.floor(y) % 2)
     mortar = (np.mod(y, 1) < 0.14) | (np.mod(x, 1) < 0.09)
-    return np.where(mortar[..., None], np.array((0.62, 0.48, 0.42), np.float32), _paint((0.64, 0.27, 0.20), 0.12 * _soft_field(rng, 4)))
+    return np.where(
+        mortar[..., None],
+        np.array((0.62, 0.48, 0.42), np.float32),
+        _paint((0.64, 0.27, 0.20), 0.12 * _soft_field(rng, 4)),
+    )
 
 
 def _night(rng: np.random.Generator) -> np.ndarray:

@@ -46,7 +46,7 @@ def build(config: BuildConfig) -> None:
     work.mkdir(parents=True, exist_ok=True)
     _once(work, "vae", lambda d: train_vae(work, budget, seed + 10).save_pretrained(d))
     _once(work, "denoiser", lambda d: _denoiser(work, d, budget, seed + 7))
-    _once(work, "oracle", lambda d: save_file(train_oracle(work, budget, seed + 20).state_dict(), d / "model.safetensors"))
+    _once(work, "oracle", lambda d: _oracle(work, d, budget, seed + 20))
     _once(work, "clip", lambda d: train_clip(work, d, budget, seed + 30))
     _once(work, "qalign", lambda d: train_qalign(work, d, budget, seed + 40))
     assemble(work, config.out)
@@ -73,6 +73,11 @@ def _denoiser(work: Path, directory: Path, budget: Budget, seed: int) -> None:
     model = train_denoiser(work, AutoencoderKL.from_pretrained(work / "vae"), tokenizer, budget, seed)
     model.unet.save_pretrained(directory / "unet")
     model.text_encoder.save_pretrained(directory / "text_encoder")
+
+
+def _oracle(work: Path, directory: Path, budget: Budget, seed: int) -> None:
+    oracle = train_oracle(work, AutoencoderKL.from_pretrained(work / "vae"), budget, seed)
+    save_file(oracle.state_dict(), directory / "model.safetensors")
 
 
 def assemble(work: Path, out: Path) -> None:

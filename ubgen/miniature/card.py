@@ -82,7 +82,9 @@ def write(weights: Path, seconds: dict[str, int]) -> None:
     lines = [f"| {name} | {value:.3f} | {REQUIRED.get(name, '')} |" for name, value in figures.items()]
     trained = ", ".join(f"{name} {s / 60:.0f} min" for name, s in seconds.items())
     size = sum(f.stat().st_size for f in weights.rglob("*.safetensors")) / 1e6
-    atomic_write(weights / "figures.json", json.dumps({"figures": figures, "seconds": seconds}, indent=2) + "\n")
+    atomic_write(
+        weights / "figures.json", json.dumps({"figures": figures, "seconds": seconds}, indent=2) + "\n"
+    )
     atomic_write(weights / "MODEL_CARD.md", TEXT.format(rows="\n".join(lines), trained=trained, size=size))
 
 

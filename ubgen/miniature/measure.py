@@ -24,7 +24,15 @@ from torch import Tensor
 
 from ubgen.classes import load_classes
 from ubgen.config import require_directory, resolve_path
-from ubgen.diffusion import StableDiffusion, decode, encode_prompts, initial_noise, load_lora, load_stable_diffusion, sample
+from ubgen.diffusion import (
+    StableDiffusion,
+    decode,
+    encode_prompts,
+    initial_noise,
+    load_lora,
+    load_stable_diffusion,
+    sample,
+)
 from ubgen.miniature.networks import Oracle
 from ubgen.miniature.shapes import CLASSES
 from ubgen.miniature.world import SCENES, biased_scene
@@ -74,7 +82,12 @@ class Judge:
     def __init__(self, weights: str | Path = WEIGHTS) -> None:
         root = require_directory(weights, "miniature weights", "oracle/model.safetensors")
         self.oracle = Oracle().eval()
-        self.oracle.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(root / "oracle/model.safetensors").items()})
+        self.oracle.load_state_dict(
+            {
+                k: v.float() if v.is_floating_point() else v
+                for k, v in load_file(root / "oracle/model.safetensors").items()
+            }
+        )
         self.clip, self.qalign = Clip.load(root / "clip"), QAlign.load(root / "qalign")
 
     @torch.no_grad()
@@ -107,7 +120,14 @@ class Judge:
 
 
 def generate(
-    sd: StableDiffusion, names: Sequence[str], per_class: int, seed: int, *, steps: int = 50, guidance: float = 2.0, batch: int = 50
+    sd: StableDiffusion,
+    names: Sequence[str],
+    per_class: int,
+    seed: int,
+    *,
+    steps: int = 50,
+    guidance: float = 2.0,
+    batch: int = 50,
 ) -> tuple[np.ndarray, list[str]]:
     """uint8 (N, 64, 64, 3) and the class name of each image, by PNDM; image index major, as synthesis orders them."""
     context, empty = encode_prompts(sd, list(names)), encode_prompts(sd, [""])
@@ -115,9 +135,11 @@ def generate(
     pictures: list[Tensor] = []
     for start in track(range(0, len(samples), batch), description="generating"):
         rows = samples[start : start + batch]
-        noise = torch.cat([initial_noise(seed, c, i, sd.latent_shape(1)) for c, i in rows])
+        noise = torch.stack([initial_noise(seed, c, i, sd.latent_shape()) for c, i in rows])
         with torch.no_grad():
-            latents = sample(sd.unet, "pndm", noise, context[[c for c, _ in rows]], empty, steps=steps, guidance=guidance)
+            latents = sample(
+                sd.unet, "pndm", noise, context[[c for c, _ in rows]], empty, steps=steps, guidance=guidance
+            )
             pictures.append((decode(sd.vae, latents).clamp(0, 1) * 255).round().to(torch.uint8))
     return torch.cat(pictures).permute(0, 2, 3, 1).numpy(), [names[c] for c, _ in samples]
 
@@ -134,7 +156,9 @@ def table(rows: dict[str, Measures], title: str) -> Table:
     made = Table("measure", *rows, title=title)
     for field in fields(Measures):
         values = [getattr(m, field.name) for m in rows.values()]
-        made.add_row(field.name.replace("_", " "), *(str(v) if isinstance(v, int) else f"{v:.3f}" for v in values))
+        made.add_row(
+            field.name.replace("_", " "), *(str(v) if isinstance(v, int) else f"{v:.3f}" for v in values)
+        )
     return made
 
 
@@ -160,7 +184,10 @@ def compare(given: Arguments) -> dict[str, Measures]:
     names = load_classes("miniature").names
     judge = Judge()
     results = {}
-    for name, lora in [*([("base", None)] if given.base else []), *((str(path), path) for path in given.lora)]:
+    for name, lora in [
+        *([("base", None)] if given.base else []),
+        *((str(path), path) for path in given.lora),
+    ]:
         sd = load_stable_diffusion(f"{WEIGHTS}/stable-diffusion")
         if lora is not None:
             load_lora(sd.unet, resolve_path(lora))
@@ -170,13 +197,20 @@ def compare(given: Arguments) -> dict[str, Measures]:
             given.out.mkdir(parents=True, exist_ok=True)
             contact_sheet(images, len(names), 8).save(given.out / f"{Path(name).name}.png")
     if given.out:
-        (given.out / "measures.json").write_text(json.dumps({k: asdict(v) for k, v in results.items()}, indent=2))
+        (given.out / "measures.json").write_text(
+            json.dumps({k: asdict(v) for k, v in results.items()}, indent=2)
+        )
     return results
 
 
 def main() -> None:
     given = tyro.cli(Arguments, prog="python -m ubgen.miniature.measure")
-    Console().print(table(compare(given), f"oracle, CLIP and Q-Align on {given.per_class} images per class (ln 8 = {math.log(8):.2f})"))
+    Console().print(
+        table(
+            compare(given),
+            f"oracle, CLIP and Q-Align on {given.per_class} images per class (ln 8 = {math.log(8):.2f})",
+        )
+    )
 
 
 if __name__ == "__main__":

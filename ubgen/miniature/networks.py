@@ -1,5 +1,6 @@
 """Architectures of the miniature family: Stable Diffusion 1.x, CLIP and Q-Align, scaled down to 64x64 images."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -186,8 +187,13 @@ class Oracle(nn.Module):
         super().__init__()
         widths = (3, 24, 48, 72, 96)
         blocks: list[nn.Module] = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
-            blocks += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
+        for a, b in itertools.pairwise(widths):
+            blocks += [
+                nn.Conv2d(a, b, 3, padding=1, bias=False),
+                nn.BatchNorm2d(b),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
         self.trunk = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(96 * 16, 160), nn.ReLU())
         self.label = nn.Linear(160, len(CLASSES))
         self.scene = nn.Linear(160, len(SCENES))

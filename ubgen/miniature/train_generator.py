@@ -21,8 +21,9 @@ class Budget:
     vae_steps: int = 3000
     vae_images: int = 12000
     unet_steps: int = 3200
+    unet_more_steps: int = 2600  # a second cosine cycle from the averaged weights, at a lower rate
     unet_images: int = 24000
-    oracle_steps: int = 900
+    oracle_steps: int = 1500
     clip_steps: int = 1500
     qalign_steps: int = 1000
     scorer_images: int = 24000
@@ -38,7 +39,9 @@ def train_vae(work: Path, budget: Budget, seed: int) -> AutoencoderKL:
     seed_all(seed)
     half = budget.vae_images // 2
     fair = fair_world(severity_range=(0.0, 0.3), kind_probabilities=(0.45, 0.0, 0.2, 0.35))
-    images = np.concatenate([render_many(fair, half, seed + 1)[0], render_many(biased_world(), half, seed + 2)[0]])
+    images = np.concatenate(
+        [render_many(fair, half, seed + 1)[0], render_many(biased_world(), half, seed + 2)[0]]
+    )
     vae = networks.vae()
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -53,7 +56,16 @@ def train_vae(work: Path, budget: Budget, seed: int) -> AutoencoderKL:
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return (decoded.float() - batch).square().mean() + 2e-5 * kl
 
-    fit("VAE", vae, loss, steps=budget.vae_steps, lr=2e-3, seed=seed, checkpoint=work / "vae.pt", average=0.998)
+    fit(
+        "VAE",
+        vae,
+        loss,
+        steps=budget.vae_steps,
+        lr=2e-3,
+        seed=seed,
+        checkpoint=work / "vae.pt",
+        average=0.998,
+    )
     spread = encode_images(vae, images[:2000]).std().item()
     vae.register_to_config(scaling_factor=1.0 / spread)
     return vae
@@ -80,7 +92,13 @@ def train_denoiser(work: Path, vae: AutoencoderKL, tokenizer, budget: Budget, se
     images, factors = render_many(biased_world(), budget.unet_images, seed + 3)
     latents = encode_images(vae, images) * vae.config.scaling_factor
     model = Denoiser(networks.unet(), networks.text_encoder(tokenizer))
-    noising = DDPMScheduler(**{k: v for k, v in networks.SCHEDULER_CONFIG.items() if k not in ("skip_prk_steps", "set_alpha_to_one")})
+    noising = DDPMScheduler(
+        **{
+            k: v
+            for k, v in networks.SCHEDULER_CONFIG.items()
+            if k not in ("skip_prk_steps", "set_alpha_to_one")
+        }
+    )
 
     def loss(generator: torch.Generator) -> Tensor:
         pick = torch.randint(0, len(latents), (64,), generator=generator)
@@ -91,7 +109,18 @@ def train_denoiser(work: Path, vae: AutoencoderKL, tokenizer, budget: Budget, se
         context = model.text_encoder(ids).last_hidden_state
         return (model.unet(noisy, t, encoder_hidden_states=context).sample - noise).square().mean()
 
-    fit("UNet", model, loss, steps=budget.unet_steps, lr=1e-3, seed=seed, checkpoint=work / "unet.pt", average=0.998)
+    for cycle, steps, lr in ((0, budget.unet_steps, 1e-3), (1, budget.unet_more_steps, 7e-4)):
+        file = work / f"unet-{cycle}.pt"
+        fit(
+            f"UNet {cycle}",
+            model,
+            loss,
+            steps=steps,
+            lr=lr,
+            seed=seed + 100 * cycle,
+            checkpoint=file,
+            average=0.998,
+        )
     return model
 
 
@@ -102,4 +131,6 @@ def captions(factors: list[Factors], pick: list[int], generator: torch.Generator
 
 def tokenise(tokenizer, prompts: list[str]) -> Tensor:
     length = tokenizer.model_max_length
-    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids

@@ -28,7 +28,13 @@ def cosine(step: int, steps: int, warmup: int = 100) -> float:
 
 def progress(total: int, title: str, start: int = 0) -> Iterator[tuple[int, Callable[[str], None]]]:
     """Count from `start` to `total` under a progress bar with ETA; the callback shows a note behind it."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, refresh_per_second=1) as bar:
         task = bar.add_task(title, total=total, completed=start, note="")
         for i in range(start, total):
@@ -77,7 +83,12 @@ def fit(
             note(f"loss {loss.item():.4f}")
             print(f"{title} {step} loss {loss.item():.4f}", flush=True)
         if (step + 1) % SAVE_EVERY == 0:
-            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "averaged": averaged, "step": step + 1}
+            state = {
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "averaged": averaged,
+                "step": step + 1,
+            }
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").rename(checkpoint)
     if average:

@@ -92,7 +92,9 @@ def _tied(choice, options: int, strength: float) -> np.ndarray:
 def fair_world(classes: tuple[int, ...] = tuple(range(len(CLASSES))), **tables) -> World:
     """All factors independent; clean images unless `severity_range` says otherwise."""
     tables.setdefault("severity_range", (0.0, 0.0))
-    return World(classes, _tied(biased_scene, len(SCENES), 0.0), _tied(biased_texture, len(TEXTURES), 0.0), **tables)
+    return World(
+        classes, _tied(biased_scene, len(SCENES), 0.0), _tied(biased_texture, len(TEXTURES), 0.0), **tables
+    )
 
 
 def biased_world(scene_strength: float = 0.9, texture_strength: float = 0.7, **tables) -> World:

@@ -102,8 +102,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not an open_clip config ({type(error).__name__}: {error})") from None
     if not isinstance(image_size, int) or not isinstance(dim, int):
         raise UserError(f"{path}: image_size and embed_dim must be whole numbers")
-    if text.keys() & {"hf_model_name", "hf_tokenizer_name"}:
+    if "hf_model_name" in text:
         raise UserError(f"{path}: open_clip's own text tower is needed, this one would be downloaded")
+    if "hf_tokenizer_name" in text and not (path.parent / "tokenizer.json").is_file():
+        raise UserError(f"{path}: names a tokenizer, so tokenizer.json must lie beside it; it would be downloaded")
     for name, ours in (("mean", CLIP_MEAN), ("std", CLIP_STD)):
         if tuple(seen.get(name, ours)) != ours:
             raise UserError(

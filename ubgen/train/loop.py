@@ -77,9 +77,9 @@ class Run:
                         phase = "train" if self.done > self.warmup else "warmup"
                         record.write(self.done, phase, metrics)
                     self._grid()
-                    if self.done % self.config.output.checkpoint_every == 0 or self.done in (
-                        end,
-                        self.warmup,
+                    if (
+                        self.done in (end, self.warmup)
+                        or self.done % self.config.output.checkpoint_every == 0
                     ):
                         self._checkpoint()
                     advance(metrics)
@@ -126,17 +126,9 @@ class Run:
         return metrics
 
     def _batch(self, phase: str, update: int, size: int) -> Batch:
-        shape, state = self.players.sd.latent_shape(), self.state
-        return draw_batch(
-            self.config,
-            self.classes.names,
-            shape,
-            phase,
-            update,
-            size,
-            state.process_index,
-            state.num_processes,
-        )
+        shape, names = self.players.sd.latent_shape(), self.classes.names
+        rank, processes = self.state.process_index, self.state.num_processes
+        return draw_batch(self.config, names, shape, phase, update, size, rank, processes)
 
     def _restore(self) -> int:
         found = list_checkpoints(self.checkpoints)

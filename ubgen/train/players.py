@@ -45,7 +45,7 @@ class Players:
     attention: str
 
     def autocast(self) -> torch.autocast:
-        """Mixed precision for everything between the latents and the losses."""
+        """Mixed precision for the UNet: a float32 LoRA on half-precision weights. The others cast for themselves."""
         # no cache: a LoRA weight first cast in a step without gradient would be reused, without one, where it trains
         half = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=half, cache_enabled=False)

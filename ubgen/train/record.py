@@ -85,4 +85,4 @@ def _sample_images(players: Players, config: TrainConfig, identities: list[tuple
             steps=config.output.grid_steps,
             guidance=config.rollout.guidance,
         )
-        return decode(players.sd.vae, latents).cpu()
+    return decode(players.sd.vae, latents).cpu()

@@ -29,10 +29,9 @@ class Diverged(Exception):
 
 def generator_update(players: Players, config: TrainConfig, batch: Batch) -> tuple[Tensor | None, Metrics]:
     """Eq. 8 back through the sampler into the LoRA. Returns the images' CLIP features, detached, and metrics."""
-    with players.autocast():
-        images = _rollout_images(players, config, batch)
-        features = _clip_features(players, config, images)
-        terms, metrics = _reward_terms(players, config, batch, images, features)
+    images = _rollout_images(players, config, batch)
+    features = _clip_features(players, config, images)
+    terms, metrics = _reward_terms(players, config, batch, images, features)
     losses = config.losses
     weights = LossWeights(losses.entire, losses.individual, losses.quality)
     loss = generator_loss(terms, weights)
@@ -63,36 +62,37 @@ def discriminator_update(
 @torch.no_grad()
 def warmup_features(players: Players, config: TrainConfig, batch: Batch) -> Tensor:
     """CLIP features of images by the generator as it stands, without any gradient."""
-    cond, settings = players.prompts_NSD[batch.classes_B.to(players.device)], config.rollout
+    assert players.clip is not None  # the caller has an adversary, which judges CLIP's features
+    settings = config.rollout
     with players.autocast():
         latents = sample(
             players.sd.unet,
             players.scheduler,
             batch.latents.to(players.device),
-            cond,
+            players.prompts_NSD[batch.classes_B.to(players.device)],
             players.uncond_1SD,
             steps=settings.steps,
             guidance=settings.guidance,
             step_noise=batch.step_noise,
         )
-        assert players.clip is not None
-        return players.clip.encode_image(decode(players.sd.vae, latents)).float()
+    return players.clip.encode_image(decode(players.sd.vae, latents)).float()
 
 
 def _rollout_images(players: Players, config: TrainConfig, batch: Batch) -> Tensor:
     settings = config.rollout
-    latents = rollout(
-        players.sd.unet,
-        players.scheduler,
-        batch.latents.to(players.device),
-        players.prompts_NSD[batch.classes_B.to(players.device)],
-        players.uncond_1SD,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        grad_steps=batch.grad_steps,
-        step_noise=batch.step_noise,
-        detach_unet_input=settings.detach_unet_input,
-    )
+    with players.autocast():
+        latents = rollout(
+            players.sd.unet,
+            players.scheduler,
+            batch.latents.to(players.device),
+            players.prompts_NSD[batch.classes_B.to(players.device)],
+            players.uncond_1SD,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            grad_steps=batch.grad_steps,
+            step_noise=batch.step_noise,
+            detach_unet_input=settings.detach_unet_input,
+        )
     return decode(players.sd.vae, latents, settings.gradient_checkpointing)
 
 

@@ -104,6 +104,16 @@ def test_an_unfinished_training_run_is_refused(
         export_engine(load_spec(spec_file, **family), tmp_path / "out", tmp_path / "train")
 
 
+def test_a_lora_of_another_generator_is_refused(
+    tmp_path: Path, family: dict[str, str], spec_file: Path, lora: Path
+) -> None:
+    with stage_directory(tmp_path / "train", "train", {}) as stage:
+        shutil.copy(lora / "pytorch_lora_weights.safetensors", tmp_path / "train")
+        stage.finish({"stable_diffusion": family["clip"]})
+    with pytest.raises(UserError, match=r"train was trained on .*clip, not on the weights in"):
+        export_engine(load_spec(spec_file, **family), tmp_path / "out", tmp_path / "train")
+
+
 def test_an_output_directory_in_use_is_refused(
     tmp_path: Path, family: dict[str, str], spec_file: Path
 ) -> None:

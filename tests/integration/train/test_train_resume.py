@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from ubgen.diffusion import LORA_FILE
 from ubgen.errors import UserError
@@ -107,9 +109,6 @@ def test_two_processes_end_where_one_does(
     tmp_path: Path,
 ) -> None:
     """Images belong to their place in the run, so sharing them changes the rounding only."""
-    import torch
-    from safetensors.torch import load_file
-
     every_step = change(config, "rollout", grad_steps=4)
     train(every_step, tmp_path / "one")
     recipe = write_recipe(dataclasses.replace(every_step, batch_size=1), tmp_path / "recipe.toml")

@@ -1,0 +1,103 @@
+"""make quickstart: class names in, fine-tuned generator, engine and annotated dataset out, on the miniature family."""
+
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from ubgen.classes import load_classes
+from ubgen.cli._run import run
+from ubgen.config import load_recipe
+from ubgen.dataset import open_dataset
+from ubgen.diffusion import load_stable_diffusion
+from ubgen.errors import UserError
+from ubgen.manifest import MANIFEST
+from ubgen.miniature.measure import WEIGHTS, Judge, generate, table
+from ubgen.train import TrainConfig
+
+REAL_RUN = """The same with Stable Diffusion 1.5, once its weights lie in a local directory:
+  ubgen-train  --recipe sd15-imagenet1k --out runs/sd15 \\
+               --networks.stable-diffusion SD15 --networks.clip CLIP --networks.qalign QALIGN
+  ubgen-export --spec SPEC.toml --lora runs/sd15 --out runs/sd15-engine
+  ubgen-synth  --engine runs/sd15-engine --classes imagenet1k --per-class 1300 --out runs/sd15-dataset"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Run the whole chain on the miniature family, shortened to a few minutes, and compare before and after."""
+
+    out: Path = Path("runs/quickstart")
+    """Directory for train/, engine/ and dataset/."""
+    updates: int = 40
+    """Fine-tuning updates; the recipe itself has more."""
+    per_class: int = 20
+    """Images per class."""
+
+
+def stage(console: Console, out: Path, command: list[str]) -> None:
+    """Run one ubgen command as the user would type it, unless its output is finished already."""
+    shown = shlex.join([*command, "--out", str(out)])
+    if (out / MANIFEST).is_file():
+        console.print(f"\n[dim]{shown}[/]\nalready finished: {out}")
+        return
+    console.print(f"\n[bold]$ {shown}[/]", soft_wrap=True)
+    program = Path(sys.executable).parent / command[0]
+    if subprocess.run([program, *command[1:], "--out", out]).returncode:
+        raise UserError(
+            f"{command[0]} failed; what it said stands above. Run `make quickstart` again to continue"
+        )
+
+
+def quickstart(given: Arguments) -> None:
+    console, start = Console(), time.monotonic()
+    full = load_recipe("miniature", TrainConfig).max_updates
+    console.print(
+        f"Quickstart: fine-tuning is shortened to {given.updates} updates (the miniature recipe has {full})."
+    )
+    train, engine, dataset = (given.out / name for name in ("train", "engine", "dataset"))
+    stage(console, train, ["ubgen-train", "--recipe", "miniature", "--max-updates", str(given.updates)])
+    stage(console, engine, ["ubgen-export", "--spec", "miniature", "--lora", str(train)])
+    synth = [
+        "ubgen-synth",
+        "--engine",
+        str(engine),
+        "--classes",
+        "miniature",
+        "--per-class",
+        str(given.per_class),
+    ]
+    stage(console, dataset, synth)
+    console.print("\nThe base generator on the same classes and the same noise, for comparison:")
+    made = list(open_dataset(dataset))
+    names = load_classes("miniature").names
+    base_images, base_names = generate(
+        load_stable_diffusion(f"{WEIGHTS}/stable-diffusion"), names, given.per_class, seed=0
+    )
+    judge = Judge()
+    rows = {
+        "base generator": judge.measure(base_images, base_names),
+        "dataset": judge.measure(np.stack([np.asarray(s.image) for s in made]), [s.class_name for s in made]),
+    }
+    console.print(
+        table(rows, f"Before and after {given.updates} updates, {given.per_class} images per class")
+    )
+    console.print(f"pictures  {dataset / 'contact-sheet.png'}\ndataset   {dataset}")
+    console.print(
+        f"took      {(time.monotonic() - start) / 60:.1f} minutes\n\n{REAL_RUN}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def main() -> None:
+    run(lambda: quickstart(tyro.cli(Arguments, prog="quickstart")))
+
+
+if __name__ == "__main__":
+    main()
