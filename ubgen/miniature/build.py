@@ -84,8 +84,9 @@ def assemble(work: Path, out: Path) -> None:
     """Write every network in its field's own layout, weights in float16."""
     sd = out / "stable-diffusion"
     shutil.rmtree(out, ignore_errors=True)
-    AutoencoderKL.from_pretrained(work / "vae").half().save_pretrained(sd / "vae")
-    UNet2DConditionModel.from_pretrained(work / "denoiser/unet").half().save_pretrained(sd / "unet")
+    AutoencoderKL.from_pretrained(work / "vae", torch_dtype=torch.float16).save_pretrained(sd / "vae")
+    unet = UNet2DConditionModel.from_pretrained(work / "denoiser/unet", torch_dtype=torch.float16)
+    unet.save_pretrained(sd / "unet")
     CLIPTextModel.from_pretrained(work / "denoiser/text_encoder").half().save_pretrained(sd / "text_encoder")
     shutil.copytree(work / "denoiser/tokenizer", sd / "tokenizer")
     networks.scheduler().save_pretrained(sd / "scheduler")

@@ -4,11 +4,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ubgen.classes import load_classes
-from ubgen.diffusion import decode, load_stable_diffusion
+from ubgen.diffusion import StableDiffusion, decode, load_stable_diffusion
 from ubgen.manifest import atomic_write
 from ubgen.miniature.measure import Judge, Measures, contact_sheet, generate
 from ubgen.miniature.shapes import CLASSES, TRAIN_CLASSES
@@ -52,7 +53,7 @@ def _share(hits: torch.Tensor) -> float:
     return hits.float().mean().item()
 
 
-def psnr(sd, images_BHW3) -> float:
+def psnr(sd: StableDiffusion, images_BHW3: np.ndarray) -> float:
     """Decibels between pictures and their reconstructions, from the mean squared error over all of them."""
     latents = encode_images(sd.vae, images_BHW3) * sd.vae.config.scaling_factor
     decoded = torch.cat([decode(sd.vae, z).clamp(0, 1) for z in latents.split(50)])

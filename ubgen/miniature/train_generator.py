@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from ubgen.miniature import networks
 from ubgen.miniature.captions import generator_caption
@@ -81,12 +82,17 @@ def encode_images(vae: AutoencoderKL, images_BHW3: np.ndarray) -> Tensor:
 class Denoiser(nn.Module):
     """UNet and text encoder, trained as one model."""
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
 
-def train_denoiser(work: Path, vae: AutoencoderKL, tokenizer, budget: Budget, seed: int) -> Denoiser:
+def train_denoiser(
+    work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, budget: Budget, seed: int
+) -> Denoiser:
     """Noise prediction on captioned images of the biased world; 10 % of the captions are dropped for guidance."""
     seed_all(seed)
     images, factors = render_many(biased_world(), budget.unet_images, seed + 3)
@@ -129,7 +135,7 @@ def captions(factors: list[Factors], pick: list[int], generator: torch.Generator
     return ["" if rng.uniform() < 0.1 else generator_caption(factors[i], rng) for i in pick]
 
 
-def tokenise(tokenizer, prompts: list[str]) -> Tensor:
+def tokenise(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     length = tokenizer.model_max_length
     return tokenizer(
         prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from ubgen.miniature import networks, quality
 from ubgen.miniature.captions import CLIP_FORMS, clip_caption
@@ -19,7 +21,7 @@ from ubgen.miniature.world import Factors, World, fair_world, render_many
 from ubgen.rewards import QAlign, qalign_preprocess
 
 # Scorers see web-like softness too, so that they judge what the generator makes and not only clean pictures.
-_MIXED = {"severity_range": (0.0, 0.5)}
+_MIXED: dict[str, Any] = {"severity_range": (0.0, 0.5)}
 
 
 def to_unit(images_BHW3: np.ndarray) -> Tensor:
@@ -50,7 +52,7 @@ def train_oracle(work: Path, vae: AutoencoderKL, budget: Budget, seed: int) -> n
     def loss(generator: torch.Generator) -> Tensor:
         pick = torch.randint(0, len(images), (128,), generator=generator)
         logits = oracle(shift(to_unit(images[pick.numpy()]), generator))
-        return sum(F.cross_entropy(logits[name], targets[name][pick]) for name in targets)
+        return torch.stack([F.cross_entropy(logits[k], target[pick]) for k, target in targets.items()]).sum()
 
     fit("oracle", oracle, loss, steps=budget.oracle_steps, lr=2e-3, seed=seed, checkpoint=work / "oracle.pt")
     return oracle.eval()
@@ -63,7 +65,7 @@ def reconstruct(vae: AutoencoderKL, images_BHW3: np.ndarray) -> np.ndarray:
     return ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def clip_config(tokenizer) -> dict:
+def clip_config(tokenizer: CLIPTokenizer) -> dict:
     config = json.loads(json.dumps(networks.CLIP_CONFIG))
     config["model_cfg"]["text_cfg"] |= {"vocab_size": len(tokenizer), "hf_tokenizer_name": "."}
     return config

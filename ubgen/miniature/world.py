@@ -5,7 +5,9 @@ biased world background and surface texture follow the class with a stated stren
 from the web (a "boat" is mostly seen on water).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -81,7 +83,7 @@ def biased_texture(label: int) -> int:
     return label % len(TEXTURES)
 
 
-def _tied(choice, options: int, strength: float) -> np.ndarray:
+def _tied(choice: Callable[[int], int], options: int, strength: float) -> np.ndarray:
     """(20, options): `strength` on the tied option, the rest spread evenly over all options."""
     table = np.full((len(CLASSES), options), (1 - strength) / options)
     for label in range(len(CLASSES)):
@@ -89,7 +91,7 @@ def _tied(choice, options: int, strength: float) -> np.ndarray:
     return table
 
 
-def fair_world(classes: tuple[int, ...] = tuple(range(len(CLASSES))), **tables) -> World:
+def fair_world(classes: tuple[int, ...] = tuple(range(len(CLASSES))), **tables: Any) -> World:
     """All factors independent; clean images unless `severity_range` says otherwise."""
     tables.setdefault("severity_range", (0.0, 0.0))
     return World(
@@ -97,7 +99,7 @@ def fair_world(classes: tuple[int, ...] = tuple(range(len(CLASSES))), **tables) 
     )
 
 
-def biased_world(scene_strength: float = 0.9, texture_strength: float = 0.7, **tables) -> World:
+def biased_world(scene_strength: float = 0.9, texture_strength: float = 0.7, **tables: Any) -> World:
     """Background and texture follow the class; quality like web pictures: soft, flat or compressed.
 
     A strength s means: with probability s the class's own option, otherwise any option, evenly.

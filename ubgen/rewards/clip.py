@@ -105,7 +105,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     if "hf_model_name" in text:
         raise UserError(f"{path}: open_clip's own text tower is needed, this one would be downloaded")
     if "hf_tokenizer_name" in text and not (path.parent / "tokenizer.json").is_file():
-        raise UserError(f"{path}: names a tokenizer, so tokenizer.json must lie beside it; it would be downloaded")
+        raise UserError(
+            f"{path}: names a tokenizer, so tokenizer.json must lie beside it; it would be downloaded"
+        )
     for name, ours in (("mean", CLIP_MEAN), ("std", CLIP_STD)):
         if tuple(seen.get(name, ours)) != ours:
             raise UserError(

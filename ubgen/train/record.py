@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 from ubgen.diffusion import decode, initial_noise, sample, with_sampler
 from ubgen.manifest import atomic_write
@@ -62,15 +63,21 @@ def save_grid(path: Path, players: Players, config: TrainConfig) -> None:
         _sample_images(players, config, identities[i : i + 2 * config.batch_size])
         for i in range(0, len(identities), 2 * config.batch_size)
     ]
-    grid = make_grid(torch.cat(pieces).clamp(0, 1), nrow=columns, padding=2)
     buffer = io.BytesIO()
-    to_pil_image(grid).save(buffer, format="PNG")
+    _contact_sheet(torch.cat(pieces), columns).save(buffer, format="PNG")
     path.parent.mkdir(exist_ok=True)
     atomic_write(path, buffer.getvalue())
 
 
+def _contact_sheet(images_B3HW: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """Images in [0, 1], clamped and put row by row on black."""
+    padded = F.pad(images_B3HW.clamp(0, 1), (0, gap, 0, gap)).unflatten(0, (-1, columns))
+    sheet = F.pad(padded.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2), (0, 0, gap, 0, gap, 0))
+    return Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())
+
+
 @torch.no_grad()
-def _sample_images(players: Players, config: TrainConfig, identities: list[tuple[int, int]]) -> torch.Tensor:
+def _sample_images(players: Players, config: TrainConfig, identities: list[tuple[int, int]]) -> Tensor:
     """Images B3HW on the CPU; each identity is (class index, image index)."""
     shape = players.sd.latent_shape()
     noise = torch.stack([initial_noise(config.seed, cls, image, shape) for cls, image in identities])
