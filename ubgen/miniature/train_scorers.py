@@ -42,20 +42,26 @@ def train_oracle(work: Path, vae: AutoencoderKL, budget: Budget, seed: int) -> n
     knows rendered edges only takes half of the reconstructed stars for something else.
     """
     seed_all(seed)
+    oracle = networks.Oracle()
+    for cycle, lr in ((0, 2e-3), (1, 1.5e-3)):  # the second cycle sees new pictures
+        _oracle_cycle(work / f"oracle-{cycle}.pt", oracle, vae, budget, seed + 100 * cycle, lr)
+    return oracle.eval()
+
+
+def _oracle_cycle(
+    checkpoint: Path, oracle: networks.Oracle, vae: AutoencoderKL, budget: Budget, seed: int, lr: float
+) -> None:
     images, factors = render_many(fair_world(**_MIXED), budget.scorer_images, seed + 1)
     images[::2] = reconstruct(vae, images[::2])
-    targets = {
-        name: torch.tensor([getattr(f, name) for f in factors]) for name in ("label", "scene", "texture")
-    }
-    oracle = networks.Oracle()
+    targets = {name: torch.tensor([getattr(f, name) for f in factors]) for name in ("label", "scene", "texture")}
 
     def loss(generator: torch.Generator) -> Tensor:
         pick = torch.randint(0, len(images), (128,), generator=generator)
         logits = oracle(shift(to_unit(images[pick.numpy()]), generator))
         return torch.stack([F.cross_entropy(logits[k], target[pick]) for k, target in targets.items()]).sum()
 
-    fit("oracle", oracle, loss, steps=budget.oracle_steps, lr=2e-3, seed=seed, checkpoint=work / "oracle.pt")
-    return oracle.eval()
+    title = checkpoint.stem
+    fit(title, oracle, loss, steps=budget.oracle_steps, lr=lr, seed=seed, checkpoint=checkpoint, average=0.995)
 
 
 @torch.no_grad()

@@ -1,0 +1,67 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ubgen.config import resolve_path
+from ubgen.miniature.card import REQUIRED, spearman
+from ubgen.miniature.measure import WEIGHTS, Judge, entropy, generate, mutual_information
+from ubgen.miniature.shapes import CLASSES
+from ubgen.miniature.world import biased_world, fair_world, render_many
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge()
+
+
+def test_mutual_information_and_entropy_by_hand() -> None:
+    assert mutual_information(np.eye(4) * 7) == pytest.approx(math.log(4))
+    assert mutual_information(np.ones((4, 4))) == pytest.approx(0)
+    assert entropy(np.array([5, 5, 0])) == pytest.approx(math.log(2))
+
+
+def test_spearman_by_hand() -> None:
+    import torch
+
+    assert spearman(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.1, 0.2, 0.3])) == pytest.approx(1)
+    assert spearman(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0.1, 0.2, 0.3])) == pytest.approx(-1)
+
+
+def test_the_judge_tells_the_biased_world_from_the_fair_one(judge: Judge) -> None:
+    fair, factors = render_many(fair_world(classes=tuple(range(10))), 300, seed=50)
+    biased, tied = render_many(biased_world(severity_range=(0.0, 0.0)), 300, seed=51)
+    free = judge.measure(fair, [CLASSES[f.label] for f in factors])
+    bound = judge.measure(biased, [CLASSES[f.label] for f in tied])
+    assert free.class_accuracy > 0.93 and bound.class_accuracy > 0.93
+    assert free.biased_background < 0.25 and bound.biased_background > 0.85
+    assert bound.mutual_information > free.mutual_information + 1
+    assert free.background_entropy == pytest.approx(math.log(8), abs=0.1)
+
+
+def test_wrong_labels_lower_accuracy_and_similarity(judge: Judge) -> None:
+    images, factors = render_many(fair_world(), 100, seed=52)
+    right = judge.measure(images, [CLASSES[f.label] for f in factors])
+    wrong = judge.measure(images, [CLASSES[(f.label + 1) % 20] for f in factors])
+    assert wrong.class_accuracy < 0.1 < right.class_accuracy
+    assert wrong.clip_similarity < right.clip_similarity - 0.1
+
+
+def test_generation_depends_on_identity_and_not_on_the_batch() -> None:
+    from ubgen.diffusion import load_stable_diffusion
+
+    sd = load_stable_diffusion(f"{WEIGHTS}/stable-diffusion")
+    one, names = generate(sd, ["disc", "ring"], 2, seed=9, steps=4, batch=4)
+    other, _ = generate(sd, ["disc", "ring"], 2, seed=9, steps=4, batch=3)
+    assert names == ["disc", "ring", "disc", "ring"]
+    assert np.abs(one.astype(int) - other).max() <= 1
+
+
+def test_the_model_card_shows_what_was_required_of_the_family() -> None:
+    root = resolve_path(WEIGHTS)
+    figures = json.loads(Path(root / "figures.json").read_text())["figures"]
+    missed = {name: figures[name] for name, least in REQUIRED.items() if figures[name] < least}
+    assert not missed
+    assert sum(f.stat().st_size for f in root.rglob("*.safetensors")) <= 16e6
