@@ -53,7 +53,9 @@ def _oracle_cycle(
 ) -> None:
     images, factors = render_many(fair_world(**_MIXED), budget.scorer_images, seed + 1)
     images[::2] = reconstruct(vae, images[::2])
-    targets = {name: torch.tensor([getattr(f, name) for f in factors]) for name in ("label", "scene", "texture")}
+    targets = {
+        name: torch.tensor([getattr(f, name) for f in factors]) for name in ("label", "scene", "texture")
+    }
 
     def loss(generator: torch.Generator) -> Tensor:
         pick = torch.randint(0, len(images), (128,), generator=generator)
@@ -61,7 +63,9 @@ def _oracle_cycle(
         return torch.stack([F.cross_entropy(logits[k], target[pick]) for k, target in targets.items()]).sum()
 
     title = checkpoint.stem
-    fit(title, oracle, loss, steps=budget.oracle_steps, lr=lr, seed=seed, checkpoint=checkpoint, average=0.995)
+    fit(
+        title, oracle, loss, steps=budget.oracle_steps, lr=lr, seed=seed, checkpoint=checkpoint, average=0.995
+    )
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ def scenes_and_labels(factors: list[Factors]) -> tuple[np.ndarray, np.ndarray]:
 def test_a_picture_depends_on_seed_and_index_alone() -> None:
     many, factors = render_many(biased_world(), 12, seed=3)
     few, same = render_many(biased_world(), 5, seed=3)
-    assert np.array_equal(many[:5], few) and factors[:5] == same
+    assert np.array_equal(many[:5], few)
+    assert factors[:5] == same
     other, _ = render_many(biased_world(), 5, seed=4)
     assert not np.array_equal(few, other)
 
@@ -54,9 +55,12 @@ def test_more_severity_moves_a_picture_further_away(kind: str) -> None:
     distances = []
     for severity in (0.0, 0.3, 0.6, 1.0):
         worse = quality.degrade(clean, kind, severity, np.random.default_rng(0))
-        assert worse.dtype == np.uint8 and worse.shape == clean.shape
+        assert worse.dtype == np.uint8
+        assert worse.shape == clean.shape
         distances.append(np.abs(worse.astype(int) - clean).mean())
-    assert distances[0] == 0 and distances == sorted(distances) and distances[-1] > 2
+    assert distances[0] == 0
+    assert distances == sorted(distances)
+    assert distances[-1] > 2
 
 
 def test_the_class_lists_of_the_package_are_those_of_the_world() -> None:
