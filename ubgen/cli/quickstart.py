@@ -34,7 +34,7 @@ class Arguments:
 
     out: Path = Path("runs/quickstart")
     """Directory for train/, engine/ and dataset/."""
-    updates: int = 40
+    updates: int = 60
     """Fine-tuning updates; the recipe itself has more."""
     per_class: int = 20
     """Images per class."""

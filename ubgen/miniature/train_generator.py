@@ -21,8 +21,7 @@ class Budget:
 
     vae_steps: int = 3000
     vae_images: int = 12000
-    unet_steps: int = 3200
-    unet_more_steps: int = 2600  # a second cosine cycle from the averaged weights, at a lower rate
+    unet_cycles: tuple[int, ...] = (3200, 2600, 1400)  # each starts from the averaged weights of the one before
     unet_images: int = 24000
     oracle_steps: int = 1500
     clip_steps: int = 1500
@@ -115,7 +114,7 @@ def train_denoiser(
         context = model.text_encoder(ids).last_hidden_state
         return (model.unet(noisy, t, encoder_hidden_states=context).sample - noise).square().mean()
 
-    for cycle, steps, lr in ((0, budget.unet_steps, 1e-3), (1, budget.unet_more_steps, 7e-4)):
+    for cycle, (steps, lr) in enumerate(zip(budget.unet_cycles, (1e-3, 7e-4, 5e-4), strict=True)):
         file = work / f"unet-{cycle}.pt"
         fit(
             f"UNet {cycle}",
