@@ -2,17 +2,19 @@
 
     .venv/bin/python bench/ablation.py --per-class 100
 
-Trains with the miniature recipe (the paper's Table 4 in small), measures all generators on the same noise with seeds
+Trains with the miniature recipe (the paper's Table 4 in small), measures all generators on the same noise with a seed
 that no setting was chosen on, and writes bench/results/fine-tuning.{json,md} with one contact sheet per generator.
-Training runs are kept and continued in runs/ablation.
+Finished training runs and measurements in runs/ablation are kept; unfinished ones are continued.
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,15 +22,14 @@ import tyro
 
 from ubgen.config import load_recipe, to_dict
 from ubgen.manifest import MANIFEST
-from ubgen.miniature.measure import Arguments as MeasureArguments
-from ubgen.miniature.measure import Measures, compare
 from ubgen.train import TrainConfig
 
-RUNS: dict[str, list[str]] = {
+RUNS: dict[str, list[str] | None] = {
     "full": [],
     "no-entire": ["--losses.entire", "0"],
     "no-individual": ["--losses.individual", "0"],
     "no-quality": ["--losses.quality", "0"],
+    "base": None,
 }
 
 
@@ -44,58 +45,62 @@ class Arguments:
     """Images per class and generator."""
     seed: int = 1000
     """Seed of the measured images' noise."""
+    parallel: int = 2
+    """Generators at a time, one thread each."""
 
 
-def train(work: Path, name: str, overrides: list[str]) -> float | None:
-    """Wall-clock minutes, or None when the run was finished before."""
-    if (work / name / MANIFEST).is_file():
-        return None
+def call(command: list[str | Path]) -> None:
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def play(name: str, given: Arguments) -> dict[str, float]:
+    """Train and measure one generator; returns its measures and, if it was trained now, the minutes."""
+    overrides, run, measured = RUNS[name], given.work / name, given.work / "measured" / name
     start = time.monotonic()
-    program = Path(sys.executable).parent / "ubgen-train"
-    subprocess.run([program, "--recipe", "miniature", "--out", work / name, *overrides], check=True)
-    return (time.monotonic() - start) / 60
+    trained = overrides is not None and not (run / MANIFEST).is_file()
+    if overrides is not None and trained:
+        call([Path(sys.executable).parent / "ubgen-train", "--recipe", "miniature", "--out", run, *overrides])
+    minutes = (time.monotonic() - start) / 60
+    if not (measured / "measures.json").is_file():
+        lora = ["--no-base", "--lora", run] if overrides is not None else []
+        which = [*lora, "--per-class", str(given.per_class), "--seed", str(given.seed), "--out", measured]
+        call([sys.executable, "-m", "ubgen.miniature.measure", *which])
+    (measures,) = json.loads((measured / "measures.json").read_text()).values()
+    return {**measures, **({"minutes_of_training": minutes} if trained else {})}
 
 
-def report(rows: dict[str, Measures], minutes: dict[str, float | None], given: Arguments) -> str:
+def report(rows: dict[str, dict[str, float]], given: Arguments) -> str:
     recipe = load_recipe("miniature", TrainConfig)
     lines = [f"| measure | {' | '.join(rows)} |", "| --- " * (len(rows) + 1) + "|"]
-    for f in fields(Measures):
-        values = (getattr(m, f.name) for m in rows.values())
-        shown = " | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values)
-        lines.append(f"| {f.name.replace('_', ' ')} | {shown} |")
-    taken = ", ".join(f"{name} {m:.1f} min" for name, m in minutes.items() if m is not None)
-    return (
-        f"""# Fine-tuning on the miniature
+    for measure in dict.fromkeys(key for row in rows.values() for key in row):
+        shown = (f"{row[measure]:.4g}" if measure in row else "" for row in rows.values())
+        lines.append(f"| {measure.replace('_', ' ')} | {' | '.join(shown)} |")
+    head = f"""# Fine-tuning on the miniature
 
-Miniature recipe, {recipe.max_updates} updates of {recipe.batch_size} images. {given.per_class} images per class on the
-noise of seed {given.seed}, 50 PNDM steps, guidance 2. {platform.machine()}, torch {torch.__version__},
-{torch.get_num_threads()} threads. Training took: {taken or "not timed in this run"}.
+Miniature recipe, {recipe.max_updates} updates of {recipe.batch_size} images; {given.per_class} images per class on the
+noise of seed {given.seed}, 50 PNDM steps, guidance 2. {platform.machine()}, torch {torch.__version__}, one thread per
+generator, {given.parallel} at a time. Made by `bench/ablation.py`; pictures beside this file, one column per class.
 
 """
-        + "\n".join(lines)
-        + "\n"
-    )
+    return head + "\n".join(lines) + "\n"
 
 
 def main() -> None:
     given = tyro.cli(Arguments, prog="bench/ablation.py")
-    minutes = {name: train(given.work, name, overrides) for name, overrides in RUNS.items()}
-    loras = tuple(given.work / name for name in RUNS)
-    rows = compare(
-        MeasureArguments(lora=loras, per_class=given.per_class, seed=given.seed, out=given.work / "measured")
-    )
-    named = {Path(name).name: m for name, m in rows.items()}
+    with ThreadPoolExecutor(given.parallel) as pool:
+        played = dict(zip(RUNS, pool.map(lambda name: play(name, given), RUNS), strict=True))
+    rows = {name: played[name] for name in ("base", *(name for name in RUNS if name != "base"))}
     given.out.mkdir(parents=True, exist_ok=True)
     record = {
         "recipe": to_dict(load_recipe("miniature", TrainConfig)),
-        "measures": {k: asdict(m) for k, m in named.items()},
-        "minutes": minutes,
+        "measures": rows,
         "torch": torch.__version__,
     }
     (given.out / "fine-tuning.json").write_text(json.dumps(record, indent=2) + "\n")
-    (given.out / "fine-tuning.md").write_text(report(named, minutes, given))
-    for sheet in (given.work / "measured").glob("*.png"):
-        (given.out / f"fine-tuning-{sheet.name}").write_bytes(sheet.read_bytes())
+    (given.out / "fine-tuning.md").write_text(report(rows, given))
+    for name in rows:
+        (sheet,) = (given.work / "measured" / name).glob("*.png")
+        (given.out / f"fine-tuning-{name}.png").write_bytes(sheet.read_bytes())
 
 
 if __name__ == "__main__":

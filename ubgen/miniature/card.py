@@ -99,7 +99,8 @@ every stage of ubgen can be run and measured on a laptop. They know nothing but 
   texture, is the one tied to its class. It knows ten of the classes; the other ten stay novel.
 - CLIP and the oracle were trained on the *fair* world, where all factors are independent, with all 20 classes.
 - Q-Align was trained on the fair world's quality factor: blur, noise, JPEG and contrast of known severity.
-- Made by `python -m ubgen.miniature.build` on a CPU: {trained}. Weights: {size:.1f} MB in float16.
+- Made by `python -m ubgen.miniature.build` on a CPU: {trained} of clock time, one thread
+  each. Weights: {size:.1f} MB in float16.
 
 Measured on held-out seeds with the float16 weights that ship. The generator was sampled with the bare class name,
 guidance 2, 50 PNDM steps; `samples.png` shows the first of its pictures, one column per class.

@@ -21,7 +21,11 @@ class Budget:
 
     vae_steps: int = 3000
     vae_images: int = 12000
-    unet_cycles: tuple[int, ...] = (3200, 2600, 1400)  # each starts from the averaged weights of the one before
+    unet_cycles: tuple[int, ...] = (
+        3200,
+        2600,
+        1400,
+    )  # each starts from the averaged weights of the one before
     unet_images: int = 24000
     oracle_steps: int = 1500
     clip_steps: int = 1500

@@ -81,7 +81,7 @@ def fit(
             averaged[k].lerp_(v, 1 - decay) if v.is_floating_point() else averaged[k].copy_(v)
         if step % 50 == 0:
             note(f"loss {loss.item():.4f}")
-            print(f"{title} {step} loss {loss.item():.4f}", flush=True)
+
         if (step + 1) % SAVE_EVERY == 0:
             state = {
                 "model": model.state_dict(),
