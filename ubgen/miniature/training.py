@@ -81,7 +81,6 @@ def fit(
             averaged[k].lerp_(v, 1 - decay) if v.is_floating_point() else averaged[k].copy_(v)
         if step % 50 == 0:
             note(f"loss {loss.item():.4f}")
-
         if (step + 1) % SAVE_EVERY == 0:
             state = {
                 "model": model.state_dict(),
