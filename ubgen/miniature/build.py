@@ -7,9 +7,9 @@ last checkpoint. Delete the work directory to start over.
 """
 
 import json
+import multiprocessing
 import shutil
-import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,50 +34,79 @@ class BuildConfig:
     """Directory for checkpoints; a later run continues from it."""
     seed: int = 0
     """Seed of data and training."""
-    threads: int = 2
-    """CPU threads."""
+    processes: int = 2
+    """Networks trained at a time, with one CPU thread each."""
     budget: Budget = field(default_factory=Budget)
     """Steps and images per network."""
 
 
 def build(config: BuildConfig) -> None:
-    torch.set_num_threads(config.threads)
-    work, seed, budget = config.work, config.seed, config.budget
-    work.mkdir(parents=True, exist_ok=True)
-    _once(work, "vae", lambda d: train_vae(work, budget, seed + 10).save_pretrained(d))
-    _once(work, "denoiser", lambda d: _denoiser(work, d, budget, seed + 7))
-    _once(work, "oracle", lambda d: _oracle(work, d, budget, seed + 20))
-    _once(work, "clip", lambda d: train_clip(work, d, budget, seed + 30))
-    _once(work, "qalign", lambda d: train_qalign(work, d, budget, seed + 40))
-    assemble(work, config.out)
-    card.write(config.out, seconds=json.loads((work / "seconds.json").read_text()))
+    config.work.mkdir(parents=True, exist_ok=True)
+    spawn = multiprocessing.get_context("spawn")
+    # a process for each network: two of one thread finish sooner than one of two threads
+    with ProcessPoolExecutor(config.processes, spawn, max_tasks_per_child=1) as pool:
+        first = [pool.submit(train, name, config) for name in ("vae", "clip", "qalign")]
+        first[0].result()  # the others are trained on its latents or its pictures
+        second = [pool.submit(train, name, config) for name in ("denoiser", "oracle")]
+        for network in (*first, *second):
+            network.result()
+    assemble(config.work, config.out)
+    card.write(config.out, seconds={name: _seconds(config.work, name) for name in NETWORKS})
 
 
-def _once(work: Path, name: str, train: Callable[[Path], object]) -> None:
-    """Train a network unless its finished directory is there; note the seconds it took."""
-    if (work / name).is_dir():
+def train(name: str, config: BuildConfig) -> None:
+    """Train a network unless its finished directory is there."""
+    torch.set_num_threads(1)
+    directory, unfinished = config.work / name, config.work / f"{name}.partial"
+    if directory.is_dir():
         return
-    unfinished = work / f"{name}.partial"
+    started, finished = _stamps(config.work, name)
+    if not started.exists():
+        started.touch()
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    start = time.monotonic()
-    train(unfinished)
-    record = work / "seconds.json"
-    seconds = json.loads(record.read_text()) if record.exists() else {}
-    record.write_text(json.dumps({**seconds, name: round(time.monotonic() - start)}))
-    unfinished.rename(work / name)
+    NETWORKS[name](config.work, unfinished, config.budget, config.seed)
+    finished.touch()
+    unfinished.rename(directory)
+
+
+def _stamps(work: Path, name: str) -> tuple[Path, Path]:
+    """Files whose times are those of the network's first start and of its end."""
+    return work / f"{name}.started", work / f"{name}.finished"
+
+
+def _seconds(work: Path, name: str) -> int:
+    """Clock time from the network's first start to its end, pauses included."""
+    started, finished = _stamps(work, name)
+    return round(finished.stat().st_mtime - started.stat().st_mtime)
+
+
+def _vae(work: Path, directory: Path, budget: Budget, seed: int) -> None:
+    train_vae(work, budget, seed + 10).save_pretrained(directory)
 
 
 def _denoiser(work: Path, directory: Path, budget: Budget, seed: int) -> None:
     tokenizer = networks.tokenizer(directory / "tokenizer")
-    model = train_denoiser(work, AutoencoderKL.from_pretrained(work / "vae"), tokenizer, budget, seed)
+    vae = AutoencoderKL.from_pretrained(work / "vae")
+    model = train_denoiser(work, vae, tokenizer, budget, seed + 7)
     model.unet.save_pretrained(directory / "unet")
     model.text_encoder.save_pretrained(directory / "text_encoder")
 
 
 def _oracle(work: Path, directory: Path, budget: Budget, seed: int) -> None:
-    oracle = train_oracle(work, AutoencoderKL.from_pretrained(work / "vae"), budget, seed)
+    oracle = train_oracle(work, AutoencoderKL.from_pretrained(work / "vae"), budget, seed + 20)
     save_file(oracle.state_dict(), directory / "model.safetensors")
+
+
+def _clip(work: Path, directory: Path, budget: Budget, seed: int) -> None:
+    train_clip(work, directory, budget, seed + 30)
+
+
+def _qalign(work: Path, directory: Path, budget: Budget, seed: int) -> None:
+    train_qalign(work, directory, budget, seed + 40)
+
+
+NETWORKS = {"vae": _vae, "denoiser": _denoiser, "oracle": _oracle, "clip": _clip, "qalign": _qalign}
 
 
 def assemble(work: Path, out: Path) -> None:

@@ -21,7 +21,7 @@ HELD_OUT_SEED = 900_001  # no training run draws from it
 
 
 @torch.no_grad()
-def measure_family(weights: Path, per_class: int = 40) -> tuple[dict[str, float], Measures]:
+def measure_family(weights: Path, per_class: int = 100) -> tuple[dict[str, float], Measures]:
     """Figures of every network by name, and the base generator's measures."""
     judge, sd = Judge(weights), load_stable_diffusion(weights / "stable-diffusion")
     fair, factors = render_many(fair_world(), 2000, HELD_OUT_SEED)
@@ -99,8 +99,8 @@ every stage of ubgen can be run and measured on a laptop. They know nothing but 
   texture, is the one tied to its class. It knows ten of the classes; the other ten stay novel.
 - CLIP and the oracle were trained on the *fair* world, where all factors are independent, with all 20 classes.
 - Q-Align was trained on the fair world's quality factor: blur, noise, JPEG and contrast of known severity.
-- Made by `python -m ubgen.miniature.build` on a CPU: {trained} of clock time, one thread
-  each. Weights: {size:.1f} MB in float16.
+- Made by `python -m ubgen.miniature.build` on a CPU: {trained}
+  of clock time, one thread each, two networks at a time. Weights: {size:.1f} MB in float16.
 
 Measured on held-out seeds with the float16 weights that ship. The generator was sampled with the bare class name,
 guidance 2, 50 PNDM steps; `samples.png` shows the first of its pictures, one column per class.
@@ -112,5 +112,4 @@ guidance 2, 50 PNDM steps; `samples.png` shows the first of its pictures, one co
 PSNR is in decibels. The rank correlation (Spearman) is between Q-Align's score and the true severity, all four kinds
 of degradation together. `generator_biased_background` is the share of pictures on the background that is tied to
 their class. Classes are judged by the oracle among all 20.
-`bench/results/fine-tuning.md` measures the same generator on 1,000 pictures of another seed.
 """

@@ -2,12 +2,12 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 SAVE_EVERY = 500
@@ -26,20 +26,22 @@ def cosine(step: int, steps: int, warmup: int = 100) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def progress(total: int, title: str, start: int = 0) -> Iterator[tuple[int, Callable[[str], None]]]:
-    """Count from `start` to `total` under a progress bar with ETA; the callback shows a note behind it."""
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, refresh_per_second=1) as bar:
-        task = bar.add_task(title, total=total, completed=start, note="")
-        for i in range(start, total):
-            yield i, lambda note: bar.update(task, note=note)
-            bar.advance(task)
+class Report:
+    """A line with the loss and the time left every half minute: two networks train side by side, so no bars."""
+
+    def __init__(self, title: str, steps: int, start: int) -> None:
+        self.title, self.steps, self.start = title, steps, start
+        self.began = self.shown = time.monotonic()
+
+    def __call__(self, step: int, loss: Tensor) -> None:
+        now, done = time.monotonic(), step + 1
+        if now - self.shown < 30 and done < self.steps:
+            return
+        self.shown = now
+        left = (now - self.began) / (done - self.start) * (self.steps - done)
+        print(
+            f"{self.title}  {done}/{self.steps}  loss {loss.item():.4f}  {left / 60:.0f} min left", flush=True
+        )
 
 
 def fit(
@@ -68,7 +70,8 @@ def fit(
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         averaged, start = state["averaged"], state["step"]
-    for step, note in progress(steps, title, start):
+    report = Report(title, steps, start)
+    for step in range(start, steps):
         for group in optimiser.param_groups:
             group["lr"] = lr * cosine(step, steps)
         loss = loss_of_step(torch.Generator().manual_seed(seed * 1_000_003 + step))
@@ -79,8 +82,7 @@ def fit(
         for k, v in model.state_dict().items() if average else ():
             decay = min(average, (step + 1) / (step + 10))
             averaged[k].lerp_(v, 1 - decay) if v.is_floating_point() else averaged[k].copy_(v)
-        if step % 50 == 0:
-            note(f"loss {loss.item():.4f}")
+        report(step, loss)
         if (step + 1) % SAVE_EVERY == 0:
             state = {
                 "model": model.state_dict(),
