@@ -5,6 +5,7 @@ import difflib
 import tomllib
 import types
 import typing
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,23 +42,31 @@ def require_directory(path: str | Path, what: str, *files: str) -> Path:
     return directory
 
 
+def shipped_engine_specs() -> dict[str, Path]:
+    """The engine specs that come with ubgen, by name."""
+    # specs are installed inside the package; a checkout has them at its root
+    return _shipped(_PACKAGE / "engine_specs", _PACKAGE.parent / "engines")
+
+
 def engine_spec_path(name_or_path: str | Path) -> Path:
     """The TOML of an engine spec: a file's path, or the name of a shipped one ("miniature", "sd15-fp16")."""
-    # specs are installed inside the package; a checkout has them at its root
-    return _find_toml(name_or_path, "engine spec", _PACKAGE / "engine_specs", _PACKAGE.parent / "engines")
+    return _find_toml(name_or_path, "engine spec", shipped_engine_specs())
 
 
 def recipe_path(name_or_path: str | Path) -> Path:
     """The TOML of a recipe: a file's path, or the name of a shipped one ("miniature")."""
-    return _find_toml(name_or_path, "recipe", _PACKAGE / "recipes")
+    return _find_toml(name_or_path, "recipe", _shipped(_PACKAGE / "recipes"))
 
 
-def _find_toml(name_or_path: str | Path, what: str, *directories: Path) -> Path:
+def _shipped(*directories: Path) -> dict[str, Path]:
+    return {file.stem: file for directory in directories for file in sorted(directory.glob("*.toml"))}
+
+
+def _find_toml(name_or_path: str | Path, what: str, shipped: Mapping[str, Path]) -> Path:
     path = resolve_path(name_or_path)
     if path.suffix == ".toml" and path.is_file():
         return path
     name = str(name_or_path)
-    shipped = {file.stem: file for directory in directories for file in sorted(directory.glob("*.toml"))}
     if name in shipped:
         return shipped[name]
     raise UserError(

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -35,29 +35,32 @@ _LIBRARIES = (
 )
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: Path, digest: Callable[[Path], str] | None = None) -> str:
     """ "sha256:<hex>" of a file's bytes, or of a directory's sorted relative file names and their bytes.
 
     Nothing in a directory is skipped; where it lies and its times do not count. UserError if `path` is missing.
+    `digest` stands in for `file_digest`, for a caller that remembers what it has hashed.
     """
+    digest = digest or file_digest
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
     if not path.is_dir():
-        return f"sha256:{_file_digest(path)}"
-    digest = hashlib.sha256()
+        return f"sha256:{digest(path)}"
+    total = hashlib.sha256()
     for name in sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()):
         # the newline and the digest's fixed length keep (name, content) pairs from running into each other
-        digest.update(f"{name}\n{_file_digest(path / name)}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
+        total.update(f"{name}\n{digest(path / name)}\n".encode())
+    return f"sha256:{total.hexdigest()}"
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def atomic_write(path: Path, data: bytes | str) -> None:
+def atomic_write(path: Path, data: bytes | memoryview | str) -> None:
     """Write `data` (text as UTF-8) to `path` so that a reader or a crash sees the old content or all of the new."""
     path = Path(path)
     payload = data.encode() if isinstance(data, str) else data
@@ -185,10 +188,11 @@ def device_name() -> str:
     """The accelerator's name, or the CPU's."""
     import torch  # only here: readers of manifests need not wait for it
 
-    return f"cuda: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else f"cpu: {_cpu_name()}"
+    return f"cuda: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else f"cpu: {cpu_name()}"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name as the operating system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -12,7 +12,9 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,8 +34,8 @@ class Probe:
 def all_probes() -> list[Probe]:
     """Everything that `ubgen-doctor` shows, in its order."""
     probes: list[Callable[[], Probe]] = [torch_cpu, torch_cuda, native_cpu, native_cuda]
-    probes += [onnxruntime_cpu, onnxruntime_cuda, onnxruntime_tensorrt]
-    probes += [tensorrt, torch_tensorrt, xformers, dali, ray, cxx_compiler, nvcc]
+    probes += [onnxruntime_cpu, onnxruntime_cuda, onnxruntime_tensorrt, aotinductor_cpu, aotinductor_cuda]
+    probes += [tensorrt, torch_tensorrt, modelopt, xformers, dali, ray, cxx_compiler, nvcc]
     return [probe() for probe in probes]
 
 
@@ -91,27 +93,75 @@ def onnxruntime_tensorrt() -> Probe:
     return _provider("TensorRT", "TensorrtExecutionProvider")
 
 
+@cache
 def _provider(label: str, provider: str) -> Probe:
     name = f"onnxruntime: {label}"
     package = _package("onnxruntime", "onnxruntime", "")
     if not package.available:
         return Probe(name, False, package.detail)
-    offered = importlib.import_module("onnxruntime").get_available_providers()
-    if provider not in offered:
+    runtime = importlib.import_module("onnxruntime")
+    if provider not in runtime.get_available_providers():
         return Probe(name, False, f"{package.detail} has no {provider}; pip install 'ubgen[ort-gpu]'")
     if label != "CPU" and _no_cuda():
-        return Probe(name, False, _no_cuda())
+        return Probe(name, False, f"{package.detail}, but {_no_cuda()}")
+    if label != "CPU" and not _starts(runtime, provider):
+        return Probe(name, False, f"{package.detail}, but {provider} does not start; are its CUDA libraries there?")
     return Probe(name, True, package.detail)
 
 
+def _starts(runtime: Any, provider: str) -> bool:
+    """A provider whose libraries are missing is only found out by a session, which then runs on the CPU."""
+    from onnx import TensorProto, helper
+
+    source, target = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in "xy")
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "probe", [source], [target])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    session = runtime.InferenceSession(model.SerializeToString(), options, providers=[provider])
+    return provider in session.get_providers()
+
+
+def aotinductor_cpu() -> Probe:
+    """AOTInductor for the CPU: it compiles with the C++ compiler; what it made runs without one."""
+    return _aotinductor("CPU", "")
+
+
+def aotinductor_cuda() -> Probe:
+    """AOTInductor for an NVIDIA GPU."""
+    triton = "" if _installed("triton") else "triton is not installed"
+    return _aotinductor("CUDA", _no_cuda() or triton)
+
+
+def _aotinductor(label: str, reason: str) -> Probe:
+    compiler = cxx_compiler()
+    reason = reason or ("" if compiler.available else f"engines cannot be built: {compiler.detail}")
+    version = f"torch {torch.__version__}"
+    return Probe(f"aotinductor: {label}", not reason, f"{version}, but {reason}" if reason else version)
+
+
+@cache
 def tensorrt() -> Probe:
-    """NVIDIA TensorRT, stand-alone."""
-    return _cuda_package("tensorrt", "tensorrt", "tensorrt")
+    """NVIDIA TensorRT, stand-alone; strongly typed networks are whole from 10.12 on."""
+    probe = _package("tensorrt", "tensorrt", "tensorrt")
+    if not probe.available:
+        return probe
+    if tuple(int(part) for part in probe.detail.split(".")[:2]) < (10, 12):
+        return Probe("tensorrt", False, f"{probe.detail} is too old; pip install 'tensorrt>=10.12'")
+    return _on_cuda(probe)
 
 
+@cache
 def torch_tensorrt() -> Probe:
     """Torch-TensorRT."""
-    return _cuda_package("torch_tensorrt", "torch_tensorrt", "torch-tensorrt")
+    return _on_cuda(_package("torch_tensorrt", "torch_tensorrt", "torch-tensorrt"))
+
+
+def modelopt() -> Probe:
+    """NVIDIA Model Optimizer, for float8 engines. Looked up, not imported: that alone takes seconds."""
+    if not _installed("modelopt"):
+        return Probe("modelopt (float8)", False, "not installed; pip install 'ubgen[float8]'")
+    return Probe("modelopt (float8)", True, metadata.version("nvidia-modelopt"))
 
 
 @cache
@@ -154,11 +204,10 @@ def _tool(name: str, command: str, advice: str) -> Probe:
     return Probe(name, True, f"{path}: {version}" if version else path)
 
 
-def _cuda_package(name: str, module: str, extra: str) -> Probe:
-    probe = _package(name, module, extra)
-    return (
-        Probe(name, False, f"{probe.detail}, but {_no_cuda()}") if probe.available and _no_cuda() else probe
-    )
+def _on_cuda(probe: Probe) -> Probe:
+    if not probe.available or not (reason := _no_cuda()):
+        return probe
+    return Probe(probe.name, False, f"{probe.detail}, but {reason}")
 
 
 @cache

@@ -24,8 +24,9 @@ from ubgen.train import TrainConfig
 REAL_RUN = """The same with Stable Diffusion 1.5, once its weights lie in a local directory:
   ubgen-train  --recipe sd15-imagenet1k --out runs/sd15 \\
                --networks.stable-diffusion SD15 --networks.clip CLIP --networks.qalign QALIGN
-  ubgen-export --spec SPEC.toml --lora runs/sd15 --out runs/sd15-engine
-  ubgen-synth  --engine runs/sd15-engine --classes imagenet1k --per-class 1300 --out runs/sd15-dataset"""
+  ubgen-export --spec sd15-fp16 --lora runs/sd15 --out runs/sd15-engine \\
+               --stable-diffusion SD15 --clip CLIP --qalign QALIGN
+  ubgen-synth  --engine runs/sd15-engine --device cuda --classes imagenet1k --per-class 1300 --out runs/sd15-dataset"""
 
 
 @dataclass(frozen=True)

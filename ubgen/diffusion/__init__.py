@@ -10,7 +10,7 @@ from ubgen.diffusion.lora import (
     save_lora,
 )
 from ubgen.diffusion.noise import hashed_generator, initial_noise
-from ubgen.diffusion.sampling import decode, rollout, sample
+from ubgen.diffusion.sampling import decode, rollout, sample, sample_guided
 from ubgen.diffusion.schedule import Call, draw_training_steps, schedule, training_steps
 from ubgen.diffusion.stable_diffusion import (
     StableDiffusion,
@@ -36,6 +36,7 @@ __all__ = [
     "restore_lora",
     "rollout",
     "sample",
+    "sample_guided",
     "save_lora",
     "schedule",
     "training_steps",

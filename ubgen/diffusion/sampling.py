@@ -11,7 +11,10 @@ from ubgen.errors import UserError
 from ubgen.ops import guided_step
 
 Network = Callable[[Tensor, Tensor, Tensor], Any]
-"""(latents, timestep_B, context) -> noise, as a tensor or in `.sample`: a diffusers UNet or a compiled network."""
+"""(latents, timestep_B, context) -> noise, as a tensor or in `.sample`: a diffusers UNet."""
+
+GuidedNetwork = Callable[[Tensor, Tensor], Tensor]
+"""(latents (B,C,h,w), timestep (B,)) -> guided noise, all float32: a compiled UNet with its prompts bound."""
 
 
 @torch.no_grad()
@@ -33,10 +36,37 @@ def sample(
     `uncond` is (B,S,D) or (1,S,D). `scheduler`: see `schedule`. Only DDPM draws noise: `step_noise`
     (calls,B,C,h,w) where given, otherwise from `generator`.
     """
-    x, context = latents.float().contiguous(), _context(cond, uncond)
+    context = _context(cond, uncond)
+    calls = schedule(scheduler, steps)
+    return _denoise(
+        lambda x, call: _predict(unet, x, call, context), calls, latents, guidance, step_noise, generator
+    )
+
+
+@torch.no_grad()
+def sample_guided(unet: GuidedNetwork, scheduler: Any, latents: Tensor, *, steps: int) -> Tensor:
+    """`sample` for a network that applies guidance itself, called once a step on B rows."""
+
+    def predict(x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        e = unet(x, torch.full((len(x),), float(call.timestep), device=x.device))
+        return e, e  # e + 1 * (e - e) is e to the last bit
+
+    return _denoise(predict, schedule(scheduler, steps), latents, 1.0)
+
+
+def _denoise(
+    predict: Callable[[Tensor, Call], tuple[Tensor, Tensor]],
+    calls: Sequence[Call],
+    latents: Tensor,
+    guidance: float,
+    step_noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The sampler's loop; `predict` gives unconditional and conditional noise."""
+    x = latents.float().contiguous()
     entered, history = x, list[Tensor]()
-    for index, call in enumerate(schedule(scheduler, steps)):
-        e_uncond, e_cond = _predict(unet, x, call, context)
+    for index, call in enumerate(calls):
+        e_uncond, e_cond = predict(x, call)
         reference, entered = (entered if call.restart else x), x
         used = history[: len(call.weights) - 1]
         x, e = guided_step(reference, e_uncond, e_cond, used, call.a, call.b, guidance, list(call.weights))

@@ -1,26 +1,38 @@
 """Build an engine directory: merge, export, compile, compare, and only then finish."""
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ubgen.classes import load_classes
-from ubgen.config import require_directory
-from ubgen.diffusion import LORA_FILE, StableDiffusion, load_stable_diffusion, merge_lora
+from ubgen.config import to_dict
+from ubgen.diffusion import StableDiffusion, load_stable_diffusion, merge_lora
 from ubgen.errors import UserError
-from ubgen.export.inputs import RealInputs, real_inputs
+from ubgen.export.chain import ChainRow, Images, compare_chains, run_chain
+from ubgen.export.compilers import COMPILERS
+from ubgen.export.hashes import CACHE, Hashes
+from ubgen.export.inputs import exact_float32, outputs, real_inputs
+from ubgen.export.machine import require_machine
+from ubgen.export.mend import offending_layers
 from ubgen.export.networks import Exportable, clip_networks, qalign_networks, stable_diffusion_networks
-from ubgen.export.onnx import export_onnx
 from ubgen.export.parity import ParityRow, check_parity
+from ubgen.export.plan import require_memory
+from ubgen.export.precision import lower, record_calls
+from ubgen.export.report import write_report
+from ubgen.export.sources import engine_parts, lora_file, network_key, weight_directories
 from ubgen.export.spec import EngineSpec, NetworkSpec
-from ubgen.manifest import MANIFEST, content_hash, read_manifest, stage_directory
+from ubgen.export.store import Built, Store
+from ubgen.manifest import stage_directory
 from ubgen.rewards import Clip, QAlign
+from ubgen.runtime import Network, Signature
 from ubgen.runtime.backends import backend
-from ubgen.runtime.key import check_engine, json_hash, key_parts
+from ubgen.runtime.key import json_hash
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".msgpack", ".h5"}
 Say = Callable[[str], None]
@@ -33,6 +45,7 @@ class Exported:
     path: Path
     key: str
     parity: list[ParityRow]
+    chain: ChainRow
     built: bool
 
 
@@ -46,126 +59,199 @@ def export_engine(
 ) -> Exported:
     """Compile the networks of `spec`, with the LoRA at `lora` merged into the UNet, into the directory `out`.
 
-    UserError when an input is missing, `out` is finished with another engine and `overwrite` is not given, or a
-    network is further from PyTorch than its tolerance; `out` then stays unfinished.
+    A network that misses its tolerance in low precision is compiled again with the layers that cause it in float32.
+    Networks that an interrupted export, or an engine that is replaced, left in `out` are kept where nothing that they
+    depend on has changed.
+
+    UserError when an input is missing, this machine can't build the spec, `out` is finished with another engine and
+    `overwrite` is not given, or the engines are further from PyTorch than the spec allows; `out` then stays unfinished.
     """
     out = Path(out)
     load_classes(spec.parity.classes)
-    inputs = _inputs(spec, lora)
-    parts = _parts(spec, inputs)
-    _check_base(inputs, parts["weights"]["stable_diffusion"])
-    key = json_hash(parts)
-    if finished := _finished(out, key, spec):
-        return Exported(out, key, finished, built=False)
-    config = {"spec": spec.content(), "weights": {name: str(path) for name, path in inputs.items()}}
-    with stage_directory(out, "export", config, overwrite=overwrite) as stage:
-        entries, rows = _compile_all(spec, inputs, out, say)
-        engine = {"key": key, "parts": parts, "networks": entries, "extras": _file_hashes(out, _extras(out))}
-        stage.finish(inputs, engine=engine, parity=[row.to_dict() for row in rows])
-    return Exported(out, key, rows, built=True)
-
-
-def _inputs(spec: EngineSpec, lora: str | Path | None) -> dict[str, Path]:
-    weights = spec.weights
-    inputs = {
-        "stable_diffusion": require_directory(weights.stable_diffusion, "--stable-diffusion", "unet", "vae"),
-        "clip": require_directory(weights.clip, "--clip", "open_clip_config.json"),
-        "qalign": require_directory(weights.qalign, "--qalign", "config.json"),
-    }
-    require_directory(
-        inputs["stable_diffusion"], "--stable-diffusion", "text_encoder", "tokenizer", "scheduler"
-    )
+    inputs = weight_directories(spec)
     if lora is not None:
-        directory = require_directory(lora, "--lora")
-        if (directory / ".lock").exists():  # made by a stage of ours, which may have been stopped
-            read_manifest(directory, "train")
-        inputs["lora"] = require_directory(directory, "--lora", LORA_FILE) / LORA_FILE
-    return inputs
+        inputs["lora"] = lora_file(lora)
+    require_machine(spec)
+    hashes = Hashes(out / CACHE)
+    parts = engine_parts(spec, inputs, hashes)
+    key = json_hash(parts)
+    if finished := _finished(Store(out, hashes), key):
+        hashes.save()
+        return finished
+    require_memory(spec, inputs)
+    config = {"spec": spec.content(), "weights": {name: str(path) for name, path in inputs.items()}}
+    with stage_directory(out, "export", config, overwrite=overwrite) as stage, exact_float32():
+        build = _Build(spec, inputs, parts, Store(out, hashes), say)
+        exported = build.run(key)
+        engine = {
+            "key": key,
+            "parts": parts,
+            "networks": build.entries,
+            "extras": {file.relative_to(out).as_posix(): hashes(file) for file in _extras(out)},
+        }
+        parity = [row.to_dict() for row in exported.parity]
+        stage.finish(inputs, engine=engine, parity=parity, chain=exported.chain.to_dict())
+        hashes.save()
+    return exported
 
 
-def _parts(spec: EngineSpec, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    hashes = {name: content_hash(path) for name, path in inputs.items()}
-    lora = hashes.pop("lora", None)
-    compilers = {network.compiler for _, network in spec.networks.items()}
-    return key_parts(hashes, lora, spec.content(), compilers, spec.device)
-
-
-def _check_base(inputs: Mapping[str, Path], base: str) -> None:
-    """A LoRA of ours says which generator it was trained on; merged into another, it would make noise."""
-    if "lora" not in inputs or not (inputs["lora"].parent / MANIFEST).exists():
-        return
-    trained_on = read_manifest(inputs["lora"].parent, "train")["inputs"].get("stable_diffusion", {})
-    if trained_on.get("hash", base) != base:
-        raise UserError(
-            f"--lora: {inputs['lora'].parent} was trained on {trained_on['path']}, "
-            f"not on the weights in {inputs['stable_diffusion']}"
-        )
-
-
-def _finished(out: Path, key: str, spec: EngineSpec) -> list[ParityRow] | None:
-    """The parity rows of the same engine when `out` already holds it whole."""
-    try:
-        manifest = read_manifest(out, "export")
-        if manifest["engine"]["key"] != key:
-            return None
-        check_engine(out, manifest["engine"], manifest["config"]["spec"], spec.device)
-    except (UserError, KeyError, TypeError):
+def _finished(store: Store, key: str) -> Exported | None:
+    """What was exported, when the directory already holds the same engine whole."""
+    if (manifest := store.finished(key)) is None:
         return None
-    return [ParityRow(**{k: v for k, v in row.items() if k != "passed"}) for row in manifest["parity"]]
+    rows = [ParityRow.from_dict(row) for row in manifest["parity"]]
+    return Exported(store.out, key, rows, ChainRow.from_dict(manifest["chain"]), built=False)
 
 
-def _compile_all(
-    spec: EngineSpec, inputs: Mapping[str, Path], out: Path, say: Say
-) -> tuple[dict[str, Any], list[ParityRow]]:
-    """Manifest entries and parity rows of all networks; one model family is in memory at a time."""
-    entries, rows = {}, []
-    specs = dict(spec.networks.items())
-    for name, network in _families(spec, inputs, say):
-        say(f"{name}: exporting")
-        entry, row = _compile(name, network, specs[name], out, spec.device)
-        if not row.passed:
+class _Build:
+    """One export, from its parts to the report; `entries` are those of the manifest."""
+
+    def __init__(
+        self, spec: EngineSpec, inputs: Mapping[str, Path], parts: Mapping[str, Any], store: Store, say: Say
+    ) -> None:
+        self.spec, self.inputs, self.parts, self.store, self.say = spec, inputs, parts, store, say
+        self.entries: dict[str, Mapping[str, Any]] = {}
+        self._expected: dict[str, Tensor] = {}  # PyTorch's first output of each network, for the chain
+
+    def run(self, key: str) -> Exported:
+        rows = [self._network(name, network) for name, network in self._families()]
+        _copy_extras(self.inputs, self.store.out)
+        chain, ours, reference = self._chain()
+        title = f"{self.spec.device}, {self.spec.image_size} px"
+        write_report(self.store.out, title, rows, chain, ours, reference)
+        if not chain.passed:
             raise UserError(
-                f"{name}: the engine differs from PyTorch by {row.error:.2e}, more than the spec's tolerance "
-                f"{row.tolerance:.2e}; {out} stays unfinished"
+                f"the engines' images differ from PyTorch's: {chain.misses[0]}; see {self.store.out}"
             )
-        entries[name] = entry
-        rows.append(row)
-    _copy_extras(inputs, out)
-    return entries, rows
+        return Exported(self.store.out, key, rows, chain, built=True)
+
+    def _families(self) -> Iterator[tuple[str, Exportable]]:
+        """All networks in float32 on the CPU; one model family is in memory at a time."""
+        self.say("sampling real inputs with PyTorch")
+        sd = self._stable_diffusion()
+        real = self._real = real_inputs(sd, self.spec)
+        yield from stable_diffusion_networks(sd, real).items()
+        del sd
+        clip = clip_networks(Clip.load(self.inputs["clip"]), real)
+        self._tokens = clip["clip_text"].inputs[0]["tokens"]
+        yield from clip.items()
+        del clip
+        yield from qalign_networks(QAlign.load(self.inputs["qalign"]), real).items()
+
+    def _stable_diffusion(self) -> StableDiffusion:
+        sd = load_stable_diffusion(self.inputs["stable_diffusion"])
+        if "lora" in self.inputs:
+            merge_lora(sd.unet, self.inputs["lora"])
+            sd.unet.eval().requires_grad_(False)
+        return sd
+
+    def _network(self, name: str, network: Exportable) -> ParityRow:
+        """Found or compiled, mended where need be, and proven."""
+        spec: NetworkSpec = getattr(self.spec.networks, name)
+        key = network_key(name, self.spec, self.parts, self.inputs, self.store.hash_of)
+        self.say(f"{name}: running PyTorch")
+        expected = outputs(network, self.spec.device)
+        self._expected[name] = expected[0]
+        signature = network.signature(spec.batch, expected[0])
+        built = self.store.find(name, key)
+        row = self._check(name, built, network, expected, signature) if built else None
+        if built is None or row is None or not row.passed:
+            fresh = Built(key, _entry(spec, signature), spec.keep_float32)
+            built, row = self._compile(name, fresh, network, expected, signature)
+        self.entries[name] = built.entry
+        return row
+
+    def _compile(
+        self, name: str, built: Built, network: Exportable, expected: list[Tensor], signature: Signature
+    ) -> tuple[Built, ParityRow]:
+        spec: NetworkSpec = getattr(self.spec.networks, name)
+        with self.store.staging() as staging:
+            row, files = self._try(name, built, network, expected, signature, staging)
+            if not row.passed and spec.precision != "float32":
+                self.say(f"{name}: error {row.error:.1e} in {spec.precision}; looking for the layers")
+                more = offending_layers(network, expected, spec, self.spec.device, self.say)
+                if more:
+                    built = replace(built, kept_float32=(*spec.keep_float32, *more), error_without=row.error)
+                    row, files = self._try(name, built, network, expected, signature, staging)
+            if not row.passed:
+                raise UserError(_missed(row, self.store.out))
+            return self.store.add(name, built, files), row
+
+    def _try(
+        self,
+        name: str,
+        built: Built,
+        network: Exportable,
+        expected: list[Tensor],
+        signature: Signature,
+        staging: Path,
+    ) -> tuple[ParityRow, list[Path]]:
+        """Compile into `staging`, and how far the result is from PyTorch."""
+        spec = replace(getattr(self.spec.networks, name), keep_float32=built.kept_float32)
+        device = self.spec.device
+        self.say(f"{name}: compiling with {spec.compiler} in {spec.precision}")
+        calls = record_calls(network.module, network.example(spec.batch)) if spec.keep_float32 else None
+        lowered = lower(network.module, spec.precision, spec.keep_float32, calls, device)
+        inputs = [{n: t.to(device) for n, t in given.items()} for given in network.inputs]
+        exportable = replace(network, module=lowered, inputs=inputs)
+        files = COMPILERS[spec.compiler](exportable, spec, staging / name, device, self.say).files
+        del lowered, exportable
+        _free(device)
+        built = replace(built, entry={**built.entry, "file": files[0].name})
+        return self._check(name, built, network, expected, signature, staging), files
+
+    def _check(
+        self,
+        name: str,
+        built: Built,
+        network: Exportable,
+        expected: list[Tensor],
+        signature: Signature,
+        directory: Path | None = None,
+    ) -> ParityRow:
+        spec: NetworkSpec = getattr(self.spec.networks, name)
+        self.say(f"{name}: comparing with PyTorch")
+        engine = self._load(name, built.entry, directory or self.store.out)
+        row = check_parity(name, engine, network, expected, spec)
+        return replace(row, kept_float32=built.kept_float32, error_without=built.error_without)
+
+    def _load(self, name: str, entry: Mapping[str, Any], directory: Path) -> Network:
+        load = backend(entry["compiler"]).load
+        signature, threads = Signature.from_dict(entry["signature"]), torch.get_num_threads()
+        return load(name, directory / entry["file"], signature, self.spec.device, threads, entry["options"])
+
+    def _chain(self) -> tuple[ChainRow, Images, Images]:
+        self.say("comparing the finished chain with PyTorch's")
+        engines = {name: self._load(name, entry, self.store.out) for name, entry in self.entries.items()}
+        ours = run_chain(engines, self._real, self._tokens, self.spec.parity)
+        expected = self._expected
+        reference = Images.of(
+            self._real.pixels, expected["clip_image"], expected["clip_text"], expected["qalign"]
+        )
+        return compare_chains(ours, reference, self.spec.parity), ours, reference
 
 
-def _families(spec: EngineSpec, inputs: Mapping[str, Path], say: Say) -> Iterator[tuple[str, Exportable]]:
-    say("sampling real inputs with PyTorch")
-    sd, real = _stable_diffusion(spec, inputs)
-    yield from stable_diffusion_networks(sd, real).items()
-    del sd
-    yield from clip_networks(Clip.load(inputs["clip"]), real).items()
-    yield from qalign_networks(QAlign.load(inputs["qalign"]), real).items()
-
-
-def _stable_diffusion(spec: EngineSpec, inputs: Mapping[str, Path]) -> tuple[StableDiffusion, RealInputs]:
-    sd = load_stable_diffusion(inputs["stable_diffusion"])
-    if "lora" in inputs:
-        merge_lora(sd.unet, inputs["lora"])
-        sd.unet.eval().requires_grad_(False)
-    return sd, real_inputs(sd, spec.parity)
-
-
-def _compile(
-    name: str, network: Exportable, spec: NetworkSpec, out: Path, device: str
-) -> tuple[dict[str, Any], ParityRow]:
-    files = export_onnx(network, spec, out / f"{name}.onnx")
-    signature = network.signature(spec.batch)
-    load = backend(spec.compiler).load
-    engine = load(name, files[0], signature, device, torch.get_num_threads())
-    entry = {
+def _entry(spec: NetworkSpec, signature: Signature) -> dict[str, Any]:
+    return {
         "compiler": spec.compiler,
         "precision": spec.precision,
-        "file": files[0].name,
-        "files": _file_hashes(out, files),
+        "options": to_dict(spec.options),
         "signature": signature.to_dict(),
     }
-    return entry, check_parity(name, engine, network, spec)
+
+
+def _missed(row: ParityRow, out: Path) -> str:
+    kept = f" even with {', '.join(row.kept_float32)} in float32" if row.error_without is not None else ""
+    return (
+        f"{row.network}: the engine differs from PyTorch by {row.error:.2e}{kept}, more than the spec's tolerance "
+        f"{row.tolerance:.2e}; {out} stays unfinished"
+    )
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
 
 
 def _copy_extras(inputs: Mapping[str, Path], out: Path) -> None:
@@ -189,7 +275,3 @@ def _is_weights(file: Path) -> bool:
 
 def _extras(out: Path) -> list[Path]:
     return [file for name in ("tokenizer", "scheduler", "clip") for file in sorted((out / name).iterdir())]
-
-
-def _file_hashes(out: Path, files: list[Path]) -> dict[str, str]:
-    return {file.relative_to(out).as_posix(): content_hash(file) for file in files}

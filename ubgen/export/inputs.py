@@ -1,52 +1,101 @@
-"""Real inputs for the parity check: prompts, a denoising trajectory, its final latents, the decoded images."""
+"""Real inputs for the parity gate: prompts, denoising trajectories, their final latents, the decoded images."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ubgen.classes import load_classes
-from ubgen.diffusion import StableDiffusion, encode_prompts, initial_noise, sample, with_sampler
+from ubgen.diffusion import StableDiffusion, initial_noise, sample, with_sampler
 from ubgen.errors import UserError
-from ubgen.export.networks import VaeDecoder
-from ubgen.export.spec import ParityInputs
+from ubgen.export.networks import Exportable, TextEncoder, VaeDecoder
+from ubgen.export.spec import EngineSpec
+
+CHUNK = 4  # rows that PyTorch runs at a time: enough to be fast, and small beside the weights
 
 
 @dataclass(frozen=True)
 class RealInputs:
-    """`unet_calls`: the UNet's inputs at the first two, the middle and the last call (2 rows for each image)."""
+    """On the CPU. `unet_calls`: the UNet's inputs at the first two, the middle and the last call of all images.
+
+    `noise` (N,C,h,w) is what the images started from, `pixels` (N,H,W,3) uint8 what PyTorch made of it. `input_ids`
+    has one row more than there are images, the unconditional prompt.
+    """
 
     names: list[str]
     input_ids: Tensor
-    unet_calls: list[Mapping[str, Tensor]]
+    noise: Tensor
+    unet_calls: list[dict[str, Tensor]]
     latents: Tensor
     pixels: Tensor
+    scheduler: Any
 
 
 @torch.no_grad()
-def real_inputs(sd: StableDiffusion, settings: ParityInputs) -> RealInputs:
-    """Sample `settings.images` images with PyTorch and keep what each network saw on the way."""
+def real_inputs(sd: StableDiffusion, spec: EngineSpec) -> RealInputs:
+    """Sample `spec.parity.images` images with PyTorch in float32 and keep what each network saw on the way."""
+    settings = spec.parity
     classes = load_classes(settings.classes)
-    names = [classes.names[i % len(classes)] for i in range(settings.images)]
+    # spread over the list where it is longer than the images, and round and round where it is shorter
+    stride = max(1, len(classes) // settings.images)
+    labels = [i * stride % len(classes) for i in range(settings.images)]
+    names = [classes.names[label] for label in labels]
     ids = tokenize(sd, [*names, ""])
-    calls: list[Mapping[str, Tensor]] = []
+    side = spec.image_size // vae_scale(sd.vae.config)
+    shape = (sd.unet.config.in_channels, side, side)
+    noise = torch.stack(
+        [initial_noise(settings.seed, c, i // len(classes), shape) for i, c in enumerate(labels)]
+    )
+    with exact_float32():
+        embeddings = run_module(TextEncoder(sd.text_encoder), {"input_ids": ids}, spec.device)
+        with on_device(sd.unet, spec.device):
+            parts = [
+                _trajectory(sd, spec, some_noise, cond, embeddings[-1:])
+                for some_noise, cond in zip(noise.split(CHUNK), embeddings[:-1].split(CHUNK), strict=True)
+            ]
+        latents = torch.cat([part[0] for part in parts])
+        pixels = run_module(VaeDecoder(sd.vae), {"latents": latents}, spec.device)
+    calls = [_join(same) for same in zip(*(part[1] for part in parts), strict=True)]
+    return RealInputs(names, ids, noise, calls, latents, pixels, with_sampler(sd.scheduler, "pndm"))
+
+
+def _trajectory(
+    sd: StableDiffusion, spec: EngineSpec, noise: Tensor, cond: Tensor, uncond: Tensor
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Final latents of some images, and the UNet's inputs at the kept calls, all on the CPU."""
+    calls, guidance, rows = [], torch.tensor([spec.parity.guidance], dtype=torch.float32), len(noise)
 
     def recording_unet(latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        calls.append({"latents": latents, "timestep": timestep.float(), "context": context})
+        seen = {"latents": latents[:rows], "timestep": timestep[:rows].float(), "cond": cond}
+        calls.append(
+            {name: tensor.cpu() for name, tensor in seen.items()} | {"uncond": uncond, "guidance": guidance}
+        )
         return sd.unet(latents, timestep, context, return_dict=False)[0]
 
     latents = sample(
         recording_unet,
         with_sampler(sd.scheduler, "pndm"),
-        torch.stack([initial_noise(settings.seed, i, 0, sd.latent_shape()) for i in range(settings.images)]),
-        encode_prompts(sd, names),
-        encode_prompts(sd, [""]),
-        steps=settings.steps,
-        guidance=settings.guidance,
+        noise.to(spec.device),
+        cond.to(spec.device),
+        uncond.to(spec.device),
+        steps=spec.parity.steps,
+        guidance=spec.parity.guidance,
     )
-    kept = [calls[i] for i in sorted({0, 1, len(calls) // 2, len(calls) - 1})]
-    return RealInputs(names, ids, kept, latents, VaeDecoder(sd)(latents))
+    kept = sorted({0, 1, len(calls) // 2, len(calls) - 1})
+    return latents.cpu(), [calls[i] for i in kept]
+
+
+def _join(parts: tuple[dict[str, Tensor], ...]) -> dict[str, Tensor]:
+    shared = ("uncond", "guidance")
+    return {n: t if n in shared else torch.cat([part[n] for part in parts]) for n, t in parts[0].items()}
+
+
+def vae_scale(config: Any) -> int:
+    """Pixels per latent, along one side."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def tokenize(sd: StableDiffusion, prompts: list[str]) -> Tensor:
@@ -58,3 +107,44 @@ def tokenize(sd: StableDiffusion, prompts: list[str]) -> Tensor:
         prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
     return tokens.input_ids
+
+
+@torch.no_grad()
+def run_module(module: torch.nn.Module, inputs: Mapping[str, Tensor], device: str) -> Tensor:
+    """The output of `module` on `device` for any number of rows, on the CPU; `module` ends where it was."""
+    return outputs(Exportable(module.eval(), [inputs], ""), device)[0]
+
+
+@torch.no_grad()
+def outputs(network: Exportable, device: str) -> list[Tensor]:
+    """The network's output for each of its real inputs, computed on `device` a few rows at a time, on the CPU."""
+    results = []
+    with on_device(network.module, device):
+        for inputs in network.inputs:
+            parts = []
+            for start in range(0, network.count(inputs), CHUNK):
+                rows = network.rows(inputs, start, start + CHUNK)
+                parts.append(network.reference({n: t.to(device) for n, t in rows.items()}).cpu())
+            results.append(torch.cat(parts))
+    return results
+
+
+@contextmanager
+def on_device(module: torch.nn.Module, device: str) -> Iterator[None]:
+    """The weights on `device`, and back on the CPU afterwards: no GPU holds them while a compiler works."""
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to("cpu")
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """float32 convolutions and products on a GPU without TensorFloat-32, which keeps 10 bits of 23."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,17 +1,19 @@
-"""The six networks of an engine as plain modules: tensors in, one tensor out, nothing left to do outside."""
+"""The six networks of an engine as plain modules: float32 tensors in, one tensor out, nothing left to do outside."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ubgen.diffusion import StableDiffusion, decode
+from ubgen.diffusion import StableDiffusion
+from ubgen.export.qalign_graph import QAlignScorer
 from ubgen.export.spec import BatchRange
-from ubgen.rewards import Clip, QAlign
+from ubgen.rewards import Clip, QAlign, clip_preprocess
 from ubgen.runtime import Dim, Signature, TensorSpec
 
 if TYPE_CHECKING:
@@ -21,35 +23,47 @@ if TYPE_CHECKING:
 class TextEncoder(nn.Module):
     """input_ids (B,S) int64 -> embeddings (B,S,D)."""
 
-    def __init__(self, sd: StableDiffusion) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.encoder = sd.text_encoder
+        self.encoder = encoder
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.encoder(input_ids).last_hidden_state
+        return self.encoder(input_ids).last_hidden_state.float()
 
 
 class UNet(nn.Module):
-    """latents (B,C,h,w), timestep (B,) float32, context (B,S,D) -> noise (B,C,h,w)."""
+    """latents (B,C,h,w), timestep (B,), cond (B,S,D), uncond (1,S,D), guidance (1,) -> guided noise (B,C,h,w).
 
-    def __init__(self, sd: StableDiffusion) -> None:
+    Classifier-free guidance is inside: e_uncond + guidance * (e_cond - e_uncond), both from one call on 2B rows.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
         super().__init__()
-        self.unet = sd.unet
+        self.unet = unet
 
-    def forward(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        return self.unet(latents, timestep, context, return_dict=False)[0]
+    def forward(
+        self, latents: Tensor, timestep: Tensor, cond: Tensor, uncond: Tensor, guidance: Tensor
+    ) -> Tensor:
+        context = torch.cat([uncond.expand_as(cond), cond])
+        rows, times = torch.cat([latents, latents]), torch.cat([timestep, timestep])
+        noise = self.unet(rows, times, context, return_dict=False)[0].float()
+        e_uncond, e_cond = noise.unflatten(0, (2, -1)).unbind(0)
+        return e_uncond + guidance * (e_cond - e_uncond)
 
 
 class VaeDecoder(nn.Module):
     """latents (B,C,h,w) -> pixels (B,H,W,3) uint8: clamped, rounded half to even."""
 
-    def __init__(self, sd: StableDiffusion) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae = sd.vae
+        self.scaling_factor = vae.config.scaling_factor
+        self.post_quant_conv = vae.post_quant_conv if vae.config.use_post_quant_conv else nn.Identity()
+        self.decoder = vae.decoder
 
     def forward(self, latents: Tensor) -> Tensor:
-        images_B3HW = decode(self.vae, latents)
-        return (images_B3HW.clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
+        decoded = self.decoder(self.post_quant_conv(latents / self.scaling_factor)).float()
+        levels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round()
+        return levels.permute(0, 2, 3, 1).to(torch.uint8)
 
 
 class ClipImage(nn.Module):
@@ -57,11 +71,13 @@ class ClipImage(nn.Module):
 
     def __init__(self, clip: Clip) -> None:
         super().__init__()
-        self.clip = clip
-        self.model = clip.model  # registers the weights
+        self.image_size = clip.image_size
+        self.visual: nn.Module = clip.model.visual  # type: ignore[assignment]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return nn.functional.normalize(self.clip.encode_image(_to_images(pixels)), dim=-1)
+        images_B3HW = pixels.permute(0, 3, 1, 2).float() / 255
+        features = self.visual(clip_preprocess(images_B3HW, self.image_size))
+        return nn.functional.normalize(features.float(), dim=-1)
 
 
 class ClipText(nn.Module):
@@ -69,57 +85,69 @@ class ClipText(nn.Module):
 
     def __init__(self, clip: Clip) -> None:
         super().__init__()
-        self.model = clip.model
+        self.model = copy.copy(clip.model)  # shares the weights; without the image tower, the larger part
+        self.model._modules = {k: v for k, v in clip.model._modules.items() if k != "visual"}
 
     def forward(self, tokens: Tensor) -> Tensor:
         features = self.model.encode_text(tokens)  # type: ignore[operator]
-        return nn.functional.normalize(features, dim=-1)
-
-
-class QAlignScore(nn.Module):
-    """pixels (B,H,W,3) uint8 -> score (B,) in [1, 5]; Q-Align's preprocessing is inside."""
-
-    def __init__(self, qalign: QAlign) -> None:
-        super().__init__()
-        self.qalign = qalign
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.qalign.score(_to_images(pixels))
-
-
-def _to_images(pixels_BHW3: Tensor) -> Tensor:
-    return pixels_BHW3.permute(0, 3, 1, 2).float() / 255
+        return nn.functional.normalize(features.float(), dim=-1)
 
 
 @dataclass(frozen=True)
 class Exportable:
-    """A network with the real inputs that it is traced on and compared on (each with at least 2 rows)."""
+    """A network with the real inputs that it is traced on and compared on (each with at least 2 rows).
+
+    `constant` names the inputs that all rows share: their first dimension is 1, whatever the batch.
+    """
 
     module: nn.Module
     inputs: Sequence[Mapping[str, Tensor]]
     output: str
+    constant: frozenset[str] = frozenset()
 
     @torch.no_grad()
     def reference(self, inputs: Mapping[str, Tensor]) -> Tensor:
         return self.module(**inputs)
 
-    def signature(self, batch: BatchRange) -> Signature:
-        """As the first real input shows it, with the first dimension of every tensor free within `batch`."""
-        example = self.inputs[0]
+    def example(self, batch: BatchRange) -> dict[str, Tensor]:
+        """Rows to trace on: two where the batch is free, since a single one would become a constant of the graph."""
+        return self.rows(self.inputs[0], 0, min(2, batch.max))
+
+    def rows(self, inputs: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+        """Rows [start, stop) of `inputs`; the shared inputs whole."""
+        return {name: t if name in self.constant else t[start:stop] for name, t in inputs.items()}
+
+    def count(self, inputs: Mapping[str, Tensor]) -> int:
+        return next(len(tensor) for name, tensor in inputs.items() if name not in self.constant)
+
+    def dynamic_shapes(self, batch: BatchRange) -> dict[str, dict[int, Any]] | None:
+        """For `torch.export` and `torch.onnx.export`; None when the range is the single size 1."""
+        if batch.max == 1:
+            return None
+        rows = torch.export.Dim("batch", min=batch.min, max=batch.max)
+        return {name: {} if name in self.constant else {0: rows} for name in self.inputs[0]}
+
+    def signature(self, batch: BatchRange, output: Tensor | None = None) -> Signature:
+        """As a real input and its output show it (computed if not given), with the batch free in its range."""
+        example = self.example(batch)
         rows = Dim("batch", batch.min, batch.best, batch.max)
-        inputs = tuple(_spec(name, tensor, rows) for name, tensor in example.items())
-        return Signature(inputs, (_spec(self.output, self.reference(example), rows),))
+        inputs = tuple(_spec(n, t, 1 if n in self.constant else rows) for n, t in example.items())
+        result = self.reference(example) if output is None else output
+        return Signature(inputs, (_spec(self.output, result, rows),))
 
 
-def _spec(name: str, tensor: Tensor, rows: Dim) -> TensorSpec:
+def _spec(name: str, tensor: Tensor, rows: Dim | int) -> TensorSpec:
     return TensorSpec(name, tensor.dtype, (rows, *tensor.shape[1:]))
 
 
 def stable_diffusion_networks(sd: StableDiffusion, real: RealInputs) -> dict[str, Exportable]:
+    shared = frozenset({"uncond", "guidance"})
     return {
-        "text_encoder": Exportable(TextEncoder(sd).eval(), [{"input_ids": real.input_ids}], "embeddings"),
-        "unet": Exportable(UNet(sd).eval(), real.unet_calls, "noise"),
-        "vae_decoder": Exportable(VaeDecoder(sd).eval(), [{"latents": real.latents}], "pixels"),
+        "text_encoder": Exportable(
+            TextEncoder(sd.text_encoder).eval(), [{"input_ids": real.input_ids}], "embeddings"
+        ),
+        "unet": Exportable(UNet(sd.unet).eval(), real.unet_calls, "noise", shared),
+        "vae_decoder": Exportable(VaeDecoder(sd.vae).eval(), [{"latents": real.latents}], "pixels"),
     }
 
 
@@ -132,4 +160,4 @@ def clip_networks(clip: Clip, real: RealInputs) -> dict[str, Exportable]:
 
 
 def qalign_networks(qalign: QAlign, real: RealInputs) -> dict[str, Exportable]:
-    return {"qalign": Exportable(QAlignScore(qalign).eval(), [{"pixels": real.pixels}], "score")}
+    return {"qalign": Exportable(QAlignScorer(qalign).eval(), [{"pixels": real.pixels}], "score")}

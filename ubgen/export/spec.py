@@ -1,22 +1,46 @@
 """Engine specs: one TOML file per deployable set of networks."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ubgen.config import engine_spec_path, from_dict, read_toml, to_dict
 from ubgen.errors import UserError
-from ubgen.runtime.backends import compiler_version
+
+Compiler = Literal["onnxruntime", "aotinductor", "tensorrt", "torch_tensorrt"]
+Precision = Literal["float32", "float16", "bfloat16", "float8"]
+Provider = Literal["cpu", "cuda", "tensorrt"]
 
 
 @dataclass(frozen=True)
 class BatchRange:
-    """Rows that one call of the network may have; `best` is what synthesis uses unless told otherwise."""
+    """Images (rows of the network's output) that one call may have; `best` is what synthesis uses by default."""
 
     min: int
     best: int
     max: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of one compiler each, refused at any other."""
+
+    provider: Provider = "cpu"
+    """onnxruntime: what runs the graph; "cpu" on the CPU, "cuda" or "tensorrt" on a GPU."""
+    cuda_graphs: bool = False
+    """Replay each batch size as one CUDA graph (on a GPU)."""
+    refit: bool = False
+    """tensorrt: let another LoRA be put into the built engine."""
+    workspace_gb: float | None = None
+    """tensorrt, torch_tensorrt: scratch memory that a layer may take; None: all of the device."""
+    optimization_level: int | None = None
+    """tensorrt, torch_tensorrt: 0 (fast build) to 5 (fast engine); None: TensorRT's own choice."""
+    freeze: bool = False
+    """aotinductor: fold and re-order the weights at compile time."""
+    max_autotune: bool = False
+    """aotinductor: time several kernels for each matrix product and convolution."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +50,13 @@ class NetworkSpec:
 
     batch: BatchRange
     tolerance: float
-    compiler: str = "onnxruntime"
-    precision: Literal["float32"] = "float32"
+    compiler: Compiler = "onnxruntime"
+    precision: Precision = "float32"
     # 18 to 23 ran the miniature's UNet within 7 % of each other on ONNX Runtime's CPU kernels, 20 first
     opset: int = 20
+    keep_float32: tuple[str, ...] = ()
+    """Paths of modules that stay in float32; those that the parity gate finds come on top."""
+    options: Options = field(default_factory=Options)
 
 
 @dataclass(frozen=True)
@@ -47,19 +74,34 @@ class Networks:
 
 @dataclass(frozen=True)
 class Weights:
-    """Directories in their field's own formats; "ubgen:…" lies inside the package."""
+    """Directories in their field's own formats; "ubgen:…" lies inside the package. None: the user must name it."""
 
-    stable_diffusion: str
-    clip: str
-    qalign: str
+    stable_diffusion: str | None = None
+    clip: str | None = None
+    qalign: str | None = None
 
 
 @dataclass(frozen=True)
-class ParityInputs:
-    """Real inputs: images of these classes, sampled with PNDM by PyTorch."""
+class ChainTolerance:
+    """What the images of all engines together must reach against PyTorch's, from the same noise.
+
+    `psnr` in dB over all images, at least; `within_one_level` the share of pixel values, at least;
+    `clip_similarity` and `quality` (1..5) the largest difference of an image, at most.
+    """
+
+    psnr: float
+    within_one_level: float
+    clip_similarity: float
+    quality: float
+
+
+@dataclass(frozen=True)
+class ParitySpec:
+    """Real inputs: images of these classes, sampled with PNDM by PyTorch in float32."""
 
     classes: str
-    images: int = 4
+    chain: ChainTolerance
+    images: int = 16
     steps: int = 10
     guidance: float = 2.0
     seed: int = 0
@@ -67,43 +109,95 @@ class ParityInputs:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    weights: Weights
+    """`image_size`: side of the generated images, in pixels."""
+
+    description: str
+    image_size: int
     networks: Networks
-    parity: ParityInputs
-    device: str = field(default="cpu")
+    parity: ParitySpec
+    weights: Weights = field(default_factory=Weights)
+    device: Literal["cpu", "cuda"] = "cpu"
 
     def content(self) -> dict[str, Any]:
-        """What the engine key depends on: everything but where the weights lie (their bytes are hashed instead)."""
+        """What the engine key depends on: not where the weights lie (their bytes are hashed), nor the description."""
         content = to_dict(self)
-        del content["weights"]
+        del content["weights"], content["description"]
         return content
 
 
 def load_spec(name_or_path: str | Path, **weights: str | Path | None) -> EngineSpec:
     """The spec of that name or file; `weights` (stable_diffusion, clip, qalign) replace its paths where given.
 
-    UserError names the file and the key for anything unknown, mistyped or impossible, before any work is done.
+    UserError names the file and the key for anything unknown, mistyped or impossible. Whether this machine can
+    build it is another question: see `ubgen.export.machine`.
     """
     path = engine_spec_path(name_or_path)
     spec = from_dict(read_toml(path), EngineSpec, str(path))
-    _check(spec, path)
+    if problem := next(_problems(spec), None):
+        raise UserError(f"{path}: {problem}")
     given = {name: str(value) for name, value in weights.items() if value is not None}
     return dataclasses.replace(spec, weights=dataclasses.replace(spec.weights, **given))
 
 
-def _check(spec: EngineSpec, path: Path) -> None:
-    for name, network in spec.networks.items():
-        batch = network.batch
-        if not 1 <= batch.min <= batch.best <= batch.max:
-            raise UserError(
-                f"{path}: networks.{name}.batch must have 1 <= min <= best <= max, not {to_dict(batch)}"
-            )
-        if network.tolerance <= 0:
-            raise UserError(f"{path}: networks.{name}.tolerance must be above 0, not {network.tolerance}")
-        if not 18 <= network.opset <= 23:
-            raise UserError(f"{path}: networks.{name}.opset must be 18..23, not {network.opset}")
-        compiler_version(network.compiler)
+def _problems(spec: EngineSpec) -> Iterator[str]:
+    """What no machine could build, one line each."""
+    if spec.image_size < 8 or spec.image_size % 8:
+        yield f"image_size must be a multiple of 8 pixels, not {spec.image_size}"
     if min(spec.parity.images, spec.parity.steps) < 2:
-        raise UserError(f"{path}: parity.images and parity.steps must be at least 2")
-    if spec.device != "cpu":
-        raise UserError(f"{path}: device must be 'cpu' for ONNX Runtime here, not {spec.device!r}")
+        yield "parity.images and parity.steps must be at least 2"
+    chain = spec.parity.chain
+    if not (0 < chain.within_one_level <= 1 and min(chain.psnr, chain.clip_similarity, chain.quality) > 0):
+        yield "parity.chain must be above 0, and within_one_level at most 1"
+    for name, network in spec.networks.items():
+        for problem in [*_range_problems(network), *_precision_problems(network, spec.device)]:
+            yield f"networks.{name}.{problem}"
+        for problem in _option_problems(network, spec.device):
+            yield f"networks.{name}.options.{problem}"
+
+
+def _range_problems(network: NetworkSpec) -> Iterator[str]:
+    batch = network.batch
+    if not 1 <= batch.min <= batch.best <= batch.max:
+        yield f"batch must have 1 <= min <= best <= max, not {to_dict(batch)}"
+    if not network.tolerance > 0:
+        yield f"tolerance must be above 0, not {network.tolerance}"
+    if not 18 <= network.opset <= 23:
+        yield f"opset must be 18..23, not {network.opset}"
+
+
+def _precision_problems(network: NetworkSpec, device: str) -> Iterator[str]:
+    compiler, precision = network.compiler, network.precision
+    if compiler in ("tensorrt", "torch_tensorrt") and device != "cuda":
+        yield f'compiler = "{compiler}" needs device = "cuda", not "{device}"'
+    if precision == "float8" and compiler != "tensorrt":
+        yield f'precision = "float8" needs compiler = "tensorrt", not "{compiler}"'
+    if precision == "float8" and network.opset > 22:
+        yield f'precision = "float8" needs opset 18..22, not {network.opset}: later attention cannot be quantised'
+    if precision == "bfloat16" and compiler == "onnxruntime" and device == "cpu":
+        yield 'precision = "bfloat16" has no kernels in ONNX Runtime on the CPU; use "float32" or aotinductor'
+    if network.keep_float32 and precision == "float32":
+        yield 'keep_float32 says nothing at precision = "float32"'
+
+
+def _option_problems(network: NetworkSpec, device: str) -> Iterator[str]:
+    compiler, options = network.compiler, network.options
+    tensorrt = ("tensorrt", "torch_tensorrt")
+    owners: dict[str, tuple[str, ...]] = {
+        "provider": ("onnxruntime",),
+        "refit": ("tensorrt",),
+        "workspace_gb": tensorrt,
+        "optimization_level": tensorrt,
+        "freeze": ("aotinductor",),
+        "max_autotune": ("aotinductor",),
+    }
+    for option, compilers in owners.items():
+        if getattr(options, option) != getattr(Options(), option) and compiler not in compilers:
+            yield f"{option} is a setting of {' and '.join(compilers)}, not of {compiler}"
+    if compiler == "onnxruntime" and (options.provider == "cpu") != (device == "cpu"):
+        yield f'provider = "{options.provider}" does not run on device = "{device}"'
+    if options.cuda_graphs and device != "cuda":
+        yield f'cuda_graphs needs device = "cuda", not "{device}"'
+    if options.workspace_gb is not None and not options.workspace_gb > 0:
+        yield f"workspace_gb must be above 0, not {options.workspace_gb}"
+    if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
+        yield f"optimization_level must be 0..5, not {options.optimization_level}"

@@ -1,4 +1,4 @@
-"""Classifier-free guidance and the PNDM update of the latents in one pass over memory."""
+"""Classifier-free guidance and a sampler's update of the latents in one pass over memory."""
 
 import ctypes
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ubgen.ops import _native, reference
+from ubgen.ops._direct import direct
 
 MAX_HISTORY = 3
 
@@ -14,110 +15,130 @@ MAX_HISTORY = 3
 def guided_step(
     x: Tensor,
     e_uncond: Tensor,
-    e_cond: Tensor,
+    e_cond: Tensor | None,
     history: Sequence[Tensor],
     a: float,
     b: float,
     guidance: float,
     weights: Sequence[float],
+    *,
+    noise: Tensor | None = None,
+    s: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """One guided linear-multistep update. Returns (x_next, e), shaped and typed as `x`, contiguous.
+    """One guided sampler update. Returns (x_next, e), shaped and typed as `x`.
 
         e      = e_uncond + guidance * (e_cond - e_uncond)
         E      = weights[0] * e + sum_k weights[k] * history[k - 1]
-        x_next = a * x + b * E
+        x_next = a * x + b * E + s * noise
 
-    `x`, `e_uncond`, `e_cond` and the 0..3 tensors of `history` (newest first) share shape, dtype and device; `weights`
-    has one value more than `history`. Keep `e` as the newest history of the next call. For PNDM the weights are those
-    of Adams-Bashforth (Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models", Eq. 12), and `a`, `b` those
-    of its transfer, Eq. 11.
+    A network with guidance inside gives e itself: pass it as `e_uncond` with `e_cond` None, and get it back.
+    Without `noise`, its term is left out. All tensors and the 0..3 of `history` (newest first) share shape, dtype
+    and device; `weights` has one value more than `history`.
 
-    float32 runs in the native library where that was built, with the same bits as `ubgen.ops.reference`; any other
-    dtype runs there. Differentiable in every tensor. ValueError when shapes or lengths disagree.
+    PNDM: keep `e` as the newest history of the next call, with the weights of Adams-Bashforth (Liu et al. 2022,
+    "Pseudo Numerical Methods for Diffusion Models", Eq. 12) and `a`, `b` of its transfer, Eq. 11. DDIM (Song et al.
+    2021, Eq. 12 with sigma 0): no history, weights [1]. DDPM (Ho et al. 2020, Algorithm 2): the same with its noise.
+    `ubgen.diffusion.schedule` has the coefficients.
+
+    float16 and bfloat16 are computed in float32 and rounded once. Runs in the native library where that was built,
+    with the same bits as `ubgen.ops.reference`; float64 runs there. Differentiable in every tensor. ValueError when
+    shapes or lengths disagree.
     """
-    _check(x, [e_uncond, e_cond, *history], weights)
-    return _guided_step(x, e_uncond, e_cond, list(history), a, b, guidance, list(weights))
+    _check(x, e_uncond, e_cond, history, noise, weights)
+    call = _run if direct(x, e_uncond, e_cond, noise, *history) else _guided_step
+    x_next, e = call(x, e_uncond, e_cond, list(history), noise, a, b, guidance, s, list(weights))
+    return x_next, (e_uncond if e_cond is None else e)
 
 
-def _check(x: Tensor, others: Sequence[Tensor], weights: Sequence[float]) -> None:
-    depth = len(others) - 2
+def _check(
+    x: Tensor,
+    e_uncond: Tensor,
+    e_cond: Tensor | None,
+    history: Sequence[Tensor],
+    noise: Tensor | None,
+    weights: Sequence[float],
+) -> None:
+    depth = len(history)
     if depth > MAX_HISTORY or len(weights) != depth + 1:
         raise ValueError(
             f"guided_step: {depth} history tensors (at most {MAX_HISTORY}) need {depth + 1} weights, "
             f"not {len(weights)}"
         )
-    for other in others:
-        if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
+    shape, dtype, device = x.shape, x.dtype, x.device
+    for other in (e_uncond, e_cond, noise, *history):
+        if other is not None and (other.shape != shape or other.dtype != dtype or other.device != device):
             raise ValueError(
-                f"guided_step: all tensors must be like x, {tuple(x.shape)} {x.dtype} on {x.device}; "
+                f"guided_step: all tensors must be like x, {tuple(shape)} {dtype} on {device}; "
                 f"got {tuple(other.shape)} {other.dtype} on {other.device}"
             )
 
 
-@torch.library.custom_op("ubgen::guided_step", mutates_args=())
-def _guided_step(
+def _run(
     x: Tensor,
     e_uncond: Tensor,
-    e_cond: Tensor,
+    e_cond: Tensor | None,
     history: list[Tensor],
+    noise: Tensor | None,
     a: float,
     b: float,
     guidance: float,
+    s: float,
     weights: list[float],
 ) -> tuple[Tensor, Tensor]:
-    library = _native.library(x.device.type) if x.dtype == torch.float32 else None
-    if library is None:
-        x_next, e = reference.guided_step(x, e_uncond, e_cond, history, a, b, guidance, weights)
-        return x_next.contiguous(), e.contiguous()
-    x_next, e = _outputs(x)
+    native = _native.function("guided_step", x.device.type) if x.dtype in _native.DTYPES else None
+    if native is None:
+        x_next, e = reference.guided_step(
+            x, e_uncond, e_cond, history, a, b, guidance, weights, noise=noise, s=s
+        )
+        return x_next.contiguous(), (x.new_empty(0) if e_cond is None else e.contiguous())
+    x_next, e = _outputs(x, e_cond)
     # bound to names: a contiguous copy must live until the call returns
-    inputs = [tensor.contiguous() for tensor in (x, e_uncond, e_cond)]
+    inputs = [None if tensor is None else tensor.contiguous() for tensor in (x, e_uncond, e_cond, noise)]
     past = [tensor.contiguous() for tensor in history]
-    arguments = (
-        *(tensor.data_ptr() for tensor in inputs),
-        (ctypes.c_void_p * MAX_HISTORY)(*(tensor.data_ptr() for tensor in past)),
-        len(past),
-        (ctypes.c_float * (MAX_HISTORY + 1))(*weights),
-        *(a, b, guidance, x_next.data_ptr(), e.data_ptr(), x.numel()),
-    )
-    _call(library, x.device, arguments)
+    x_at, uncond_at, cond_at, noise_at = (None if tensor is None else tensor.data_ptr() for tensor in inputs)
+    with _native.device_of(x):
+        native(
+            *(_native.DTYPES[x.dtype], x_at, uncond_at, cond_at),
+            *(_Pointers(*(tensor.data_ptr() for tensor in past)), len(past), noise_at, _Floats(*weights)),
+            *(a, b, guidance, s, x_next.data_ptr(), e.data_ptr(), x.numel()),
+        )
     return x_next, e
 
 
-def _outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+_Pointers = ctypes.c_void_p * MAX_HISTORY
+_Floats = ctypes.c_float * (MAX_HISTORY + 1)
+
+
+def _outputs(x: Tensor, e_cond: Tensor | None) -> tuple[Tensor, Tensor]:
     dense = torch.contiguous_format
-    return torch.empty_like(x, memory_format=dense), torch.empty_like(x, memory_format=dense)
+    x_next = torch.empty_like(x, memory_format=dense)
+    return x_next, (x.new_empty(0) if e_cond is None else torch.empty_like(x, memory_format=dense))
 
 
-def _call(library: ctypes.CDLL, device: torch.device, arguments: tuple[object, ...]) -> None:
-    if device.type == "cpu":
-        status = library.ubgen_guided_step_f32(*arguments, torch.get_num_threads())
-        reason = "bad argument"
-    else:
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
-            status = library.ubgen_guided_step_f32_cuda(*arguments, stream)
-        reason = library.ubgen_cuda_error().decode()
-    if status:
-        raise RuntimeError(f"guided_step: native library returned {status} ({reason})")
+_guided_step = torch.library.custom_op("ubgen::guided_step", _run, mutates_args=())
 
 
 @_guided_step.register_fake
-def _(x, e_uncond, e_cond, history, a, b, guidance, weights):  # type: ignore[no-untyped-def]
-    return _outputs(x)
+def _(x, e_uncond, e_cond, history, noise, a, b, guidance, s, weights):  # type: ignore[no-untyped-def]
+    return _outputs(x, e_cond)
 
 
 def _keep_coefficients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *_, ctx.a, ctx.b, ctx.guidance, ctx.weights = inputs
+    _, _, e_cond, _, noise, ctx.a, ctx.b, ctx.guidance, ctx.s, ctx.weights = inputs
+    ctx.guided, ctx.noisy = e_cond is not None, noise is not None
 
 
 def _backward(ctx, grad_next: Tensor, grad_e: Tensor):  # type: ignore[no-untyped-def]
     """The step is linear in its tensors, so nothing of the forward pass is kept."""
     grad_combined = ctx.b * grad_next
-    grad_guided = grad_e + ctx.weights[0] * grad_combined
+    grad_guided = ctx.weights[0] * grad_combined
+    uncond, cond = grad_guided, None
+    if ctx.guided:
+        grad_guided = grad_e + grad_guided
+        uncond, cond = (1 - ctx.guidance) * grad_guided, ctx.guidance * grad_guided
     history = [weight * grad_combined for weight in ctx.weights[1:]]
-    uncond, cond = (1 - ctx.guidance) * grad_guided, ctx.guidance * grad_guided
-    return ctx.a * grad_next, uncond, cond, history, None, None, None, None
+    noise = ctx.s * grad_next if ctx.noisy else None
+    return ctx.a * grad_next, uncond, cond, history, noise, None, None, None, None, None
 
 
 _guided_step.register_autograd(_backward, setup_context=_keep_coefficients)

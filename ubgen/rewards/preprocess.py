@@ -58,7 +58,8 @@ def _matrix(source: int, target: int, like: Tensor) -> Tensor:
 
 def _without_autocast(device: str) -> AbstractContextManager[object]:
     """Autocast would round the pixels to half precision. Entered only where it is on, to keep traces plain."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has none
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _settle(images_B3HW: Tensor, bounded: bool, quantise: bool) -> Tensor:

@@ -2,5 +2,6 @@
 
 from ubgen.runtime.engine import EngineSet, load
 from ubgen.runtime.network import Dim, Network, Signature, TensorSpec
+from ubgen.runtime.rows import run_rows
 
-__all__ = ["Dim", "EngineSet", "Network", "Signature", "TensorSpec", "load"]
+__all__ = ["Dim", "EngineSet", "Network", "Signature", "TensorSpec", "load", "run_rows"]

@@ -1,32 +1,84 @@
 """The compilers that an engine may come from. A new one adds one entry and one module."""
 
 import platform
-from collections.abc import Callable
-from importlib import metadata
+from collections.abc import Callable, Mapping
+from importlib import import_module, metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from ubgen import probes
 from ubgen.errors import UserError
+from ubgen.probes import Probe
 from ubgen.runtime.network import Network, Signature
+
+Load = Callable[[str, Path, Signature, str, int, Mapping[str, Any]], Network]
 
 
 class Backend(NamedTuple):
-    """`load(name, path, signature, device, threads)` opens one compiled file; `version()` is the compiler's."""
+    """One compiler, as the runtime sees it.
 
-    load: Callable[[str, Path, Signature, str, int], Network]
+    `load(name, path, signature, device, threads, options)` opens a compiled file; `options` are the spec's.
+    `probe(device)` says whether this machine can compile for that device and run the result, or why not.
+    `version()` is what its files are tied to; it raises PackageNotFoundError where the compiler is not installed.
+    """
+
+    load: Load
+    probe: Callable[[str], Probe]
     version: Callable[[], str]
 
 
-def _load_onnxruntime(name: str, path: Path, signature: Signature, device: str, threads: int) -> Network:
-    from ubgen.runtime.onnxruntime import OnnxRuntimeNetwork  # the import alone costs a fifth of a second
+def _lazily(module: str, network: str) -> Load:
+    """Opens networks with a class of `ubgen.runtime.<module>`, which imports its compiler's library."""
 
-    return OnnxRuntimeNetwork(name, path, signature, device, threads)
+    def load(
+        name: str, path: Path, signature: Signature, device: str, threads: int, options: Mapping[str, Any]
+    ) -> Network:
+        opener = getattr(import_module(f"ubgen.runtime.{module}"), network)
+        return opener(name, path, signature, device, threads, options)
 
+    return load
+
+
+def _probe(cpu: Callable[[], Probe] | None, cuda: Callable[[], Probe]) -> Callable[[str], Probe]:
+    def probe(device: str) -> Probe:
+        if torch.device(device).type != "cpu":
+            return cuda()
+        return cpu() if cpu else Probe(cuda().name, False, "has no engines for the CPU")
+
+    return probe
+
+
+def _onnxruntime_version() -> str:
+    if not probes.onnxruntime_cpu().available:
+        raise metadata.PackageNotFoundError("onnxruntime")
+    return str(import_module("onnxruntime").__version__)  # there are two packages of this module
+
+
+def _tensorrt_version() -> str:
+    """Of TensorRT itself: a plan is tied to it, whatever wrote the plan."""
+    try:
+        return str(import_module("tensorrt").__version__)
+    except ImportError as error:
+        raise metadata.PackageNotFoundError("tensorrt") from error
+
+
+_TENSORRT = _lazily("tensorrt", "TensorRtNetwork")
 
 BACKENDS: dict[str, Backend] = {
-    "onnxruntime": Backend(_load_onnxruntime, lambda: metadata.version("onnxruntime")),
+    "onnxruntime": Backend(
+        _lazily("onnxruntime", "open_network"),
+        _probe(probes.onnxruntime_cpu, probes.onnxruntime_cuda),
+        _onnxruntime_version,
+    ),
+    "aotinductor": Backend(
+        _lazily("aotinductor", "AotInductorNetwork"),
+        _probe(probes.aotinductor_cpu, probes.aotinductor_cuda),
+        lambda: torch.__version__,
+    ),
+    "tensorrt": Backend(_TENSORRT, _probe(None, probes.tensorrt), _tensorrt_version),
+    "torch_tensorrt": Backend(_TENSORRT, _probe(None, probes.torch_tensorrt), _tensorrt_version),
 }
 
 

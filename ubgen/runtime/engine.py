@@ -31,7 +31,9 @@ class EngineSet(Mapping[str, Network]):
             load_network = backend(entry["compiler"]).load
             signature = Signature.from_dict(entry["signature"])
             file = self.path / entry["file"]
-            self._open[name] = load_network(name, file, signature, self.device, self._threads)
+            self._open[name] = load_network(
+                name, file, signature, self.device, self._threads, entry["options"]
+            )
         return self._open[name]
 
     def __iter__(self) -> Iterator[str]:

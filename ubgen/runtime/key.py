@@ -10,7 +10,7 @@ from ubgen.errors import UserError
 from ubgen.manifest import content_hash
 from ubgen.runtime.backends import compiler_version, device_architecture
 
-FORMAT = 1  # of the engine directory; raise it when an older one can no longer be read
+FORMAT = 2  # of the engine directory; raise it when an older one can no longer be read
 
 
 def json_hash(value: Any) -> str:

@@ -1,54 +1,134 @@
-"""ONNX Runtime on the CPU, reading and writing torch's own memory."""
+"""ONNX Runtime on the CPU, and on a GPU with its CUDA or TensorRT provider, on torch's own memory."""
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import torch
 from torch import Tensor
 
 from ubgen.errors import UserError
-from ubgen.runtime.network import Network, Signature
+from ubgen.runtime.cache import cache_directory
+from ubgen.runtime.cuda_graphs import GraphedCalls, Inputs, Sizes
+from ubgen.runtime.network import Dim, Network, Signature
 
-_NUMPY = {
-    torch.float32: np.float32,
-    torch.float16: np.float16,
-    torch.int64: np.int64,
-    torch.int32: np.int32,
-    torch.uint8: np.uint8,
+ELEMENT_TYPES = {  # ONNX's numbers: numpy has no bfloat16
+    torch.float32: 1,
+    torch.uint8: 2,
+    torch.int32: 6,
+    torch.int64: 7,
+    torch.bool: 9,
+    torch.float16: 10,
+    torch.bfloat16: 16,
 }
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_FLOAT16, _BFLOAT16 = ELEMENT_TYPES[torch.float16], ELEMENT_TYPES[torch.bfloat16]
+
+
+def open_network(
+    name: str, path: Path, signature: Signature, device: str, threads: int, options: Mapping[str, Any]
+) -> Network:
+    """The graph at `path`, run by `options["provider"]` ("cpu", "cuda" or "tensorrt"; default: cpu).
+
+    UserError when the file is no graph of this signature, or the provider cannot run it here.
+    """
+    provider = options.get("provider", "cpu")
+    if (provider == "cpu") != (torch.device(device).type == "cpu"):
+        raise UserError(f"{name}: this engine was compiled for ONNX Runtime's {provider}, not for {device!r}")
+    if provider == "cpu":
+        return OnnxRuntimeNetwork(name, path, signature, threads)
+    if provider == "tensorrt" and options.get(
+        "cuda_graphs"
+    ):  # it keeps one graph only, for whatever size comes
+        raise UserError(f'{name}: cuda_graphs needs provider = "cuda", not "tensorrt"')
+    return OnnxRuntimeGpuNetwork(name, path, signature, device, threads, options)
 
 
 class OnnxRuntimeNetwork(Network):
-    def __init__(self, name: str, path: Path, signature: Signature, device: str, threads: int) -> None:
-        super().__init__(name, signature, device)
-        if torch.device(device).type != "cpu":
-            raise UserError(
-                f"{name}: this engine was compiled for ONNX Runtime on the CPU, not for {device!r}"
-            )
-        try:
-            self._session = ort.InferenceSession(
-                str(path), session_options(threads), providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime's own exception classes share no base
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} cannot be opened by ONNX Runtime: {reason}") from error
+    """On the CPU."""
+
+    def __init__(self, name: str, path: Path, signature: Signature, threads: int) -> None:
+        super().__init__(name, signature, "cpu")
+        self._session = open_session(path, signature, session_options(threads), [_PROVIDERS["cpu"]])
 
     def _run(self, inputs: dict[str, Tensor], sizes: dict[str, int]) -> dict[str, Tensor]:
-        outputs = {
-            spec.name: torch.empty(self.signature.output_shape(spec, sizes), dtype=spec.dtype)
-            for spec in self.signature.outputs
-        }
-        binding = self._session.io_binding()
-        for name, tensor in inputs.items():
-            binding.bind_input(name, "cpu", 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
-        for name, tensor in outputs.items():
-            binding.bind_output(name, "cpu", 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
-        self._session.run_with_iobinding(binding)
+        outputs = _outputs(self.signature, sizes, self.device)
+        self._session.run_with_iobinding(_bind(self._session, inputs, outputs))
         return outputs
 
 
+class OnnxRuntimeGpuNetwork(Network):
+    """On one GPU, on a stream of its own that waits for torch's current one and is waited for. For one thread."""
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        signature: Signature,
+        device: str,
+        threads: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        super().__init__(name, signature, device)
+        self._stream = torch.cuda.Stream(device)
+        provider = options["provider"]
+        graphs = bool(options.get("cuda_graphs"))
+        chosen = [("CUDAExecutionProvider", _cuda_settings(self._stream, graphs))]
+        if provider == "tensorrt":  # takes what it can; the rest of the graph stays on the GPU
+            chosen.insert(0, ("TensorrtExecutionProvider", _tensorrt_settings(path, signature, self._stream)))
+        self._session = open_session(path, signature, session_options(threads), chosen)
+        self._graphed = GraphedCalls(self._eager, self._capture) if graphs else None
+        self._captured = 0
+
+    def _run(self, inputs: dict[str, Tensor], sizes: dict[str, int]) -> dict[str, Tensor]:
+        return self._graphed(inputs, sizes) if self._graphed else self._eager(inputs, sizes)
+
+    def _eager(self, inputs: Inputs, sizes: Sizes) -> dict[str, Tensor]:
+        outputs = _outputs(self.signature, sizes, self.device)
+        self._enqueue(_bind(self._session, inputs, outputs), graph=-1)
+        return outputs
+
+    def _capture(self, inputs: Inputs, sizes: Sizes) -> "_OrtGraph":
+        self._captured += 1
+        return _OrtGraph(self, inputs, sizes, self._captured)
+
+    def _enqueue(self, binding: Any, graph: int) -> None:
+        """`graph`: which captured graph is replayed, or captured on its first call; -1 runs without."""
+        options = ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(graph))
+        # the stream orders the work; the host need not wait for it
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        self._session.run_with_iobinding(binding, options)
+        current.wait_stream(self._stream)
+
+
+class _OrtGraph:
+    """ONNX Runtime's own CUDA graph of one size of call: fixed tensors, one graph number."""
+
+    def __init__(self, network: OnnxRuntimeGpuNetwork, inputs: Inputs, sizes: Sizes, number: int) -> None:
+        self._network = network
+        self._number = number
+        self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        self._outputs = _outputs(network.signature, sizes, network.device)
+        self._binding = _bind(network._session, self._inputs, self._outputs)
+
+    def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
+        for name, tensor in inputs.items():
+            self._inputs[name].copy_(tensor)
+        self._network._enqueue(self._binding, self._number)
+        return {name: tensor.clone() for name, tensor in self._outputs.items()}
+
+
 def session_options(threads: int) -> ort.SessionOptions:
+    """Of every session here: `threads` for one operator, operators one after another."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -56,3 +136,98 @@ def session_options(threads: int) -> ort.SessionOptions:
     # torch works between two calls: threads that spin while they wait would take its cores
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
+
+
+def open_session(
+    path: Path, signature: Signature, options: ort.SessionOptions, providers: Sequence[Any]
+) -> ort.InferenceSession:
+    """A session of the first provider, or UserError: ONNX Runtime itself would run on the CPU with a mere warning."""
+    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if wanted not in ort.get_available_providers():
+        raise UserError(f"{path}: this onnxruntime has no {wanted}; pip install 'ubgen[ort-gpu]'")
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime's own exception classes share no base
+        raise UserError(f"{path} cannot be opened by ONNX Runtime: {_first_line(error)}") from error
+    if session.get_providers()[0] != wanted:
+        raise UserError(f"{path}: ONNX Runtime could not start {wanted}; are its CUDA libraries installed?")
+    _check_graph(path, session, signature)
+    return session
+
+
+def _check_graph(path: Path, session: ort.InferenceSession, signature: Signature) -> None:
+    for kind, specs, found in (
+        ("inputs", signature.inputs, session.get_inputs()),
+        ("outputs", signature.outputs, session.get_outputs()),
+    ):
+        wanted = {spec.name for spec in specs}
+        if wanted != (names := {value.name for value in found}):
+            raise UserError(f"{path}: its {kind} are {sorted(names)}, not {sorted(wanted)}; export it again")
+
+
+def _outputs(signature: Signature, sizes: Mapping[str, int], device: str) -> dict[str, Tensor]:
+    return {
+        spec.name: torch.empty(signature.output_shape(spec, sizes), dtype=spec.dtype, device=device)
+        for spec in signature.outputs
+    }
+
+
+def _bind(session: ort.InferenceSession, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Any:
+    binding = session.io_binding()
+    for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+        for name, tensor in tensors.items():
+            where = tensor.device.type, tensor.device.index or 0
+            bind(name, *where, ELEMENT_TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+    return binding
+
+
+def _cuda_settings(stream: torch.cuda.Stream, graphs: bool) -> dict[str, str]:
+    # TF32 would miss the tolerance of float32 graphs; half precision does not use it
+    return {**_on(stream), "use_tf32": "0", "enable_cuda_graph": str(int(graphs))}
+
+
+def _tensorrt_settings(path: Path, signature: Signature, stream: torch.cuda.Stream) -> dict[str, str]:
+    cache = str(cache_directory("onnxruntime-tensorrt", _fingerprint(path)))
+    return {
+        **_on(stream),
+        "trt_fp16_enable": str(int(_uses(path, _FLOAT16))),
+        "trt_bf16_enable": str(int(_uses(path, _BFLOAT16))),
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": cache,
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": cache,
+        **{f"trt_profile_{bound}_shapes": _shapes(signature, bound) for bound in ("min", "opt", "max")},
+    }
+
+
+def _on(stream: torch.cuda.Stream) -> dict[str, str]:
+    return {"device_id": str(stream.device.index), "user_compute_stream": str(stream.cuda_stream)}
+
+
+def _fingerprint(path: Path) -> str:
+    """Of the graph and its weights as they lie there: the provider names its engines after the nodes alone."""
+    files = [file for file in (path, path.with_name(f"{path.name}.data")) if file.exists()]
+    marks = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
+
+
+def _shapes(signature: Signature, bound: str) -> str:
+    """ "latents:1x4x64x64,timestep:1", at the smallest ("min"), best ("opt") or largest ("max") sizes."""
+    attribute = "best" if bound == "opt" else bound
+    sizes = [
+        (spec.name, [getattr(size, attribute) if isinstance(size, Dim) else size for size in spec.shape])
+        for spec in signature.inputs
+    ]
+    return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in sizes)
+
+
+def _uses(path: Path, element: int) -> bool:
+    """Whether a weight of the graph has this type."""
+    import onnx  # a second, and wanted by one provider alone
+
+    graph = onnx.load(path, load_external_data=False).graph
+    return any(tensor.data_type == element for tensor in graph.initializer)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

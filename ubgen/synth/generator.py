@@ -1,6 +1,6 @@
 """The chain of engines that turns identities into scored images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ubgen.classes import ClassList
 from ubgen.config import require_directory
-from ubgen.diffusion import initial_noise, sample
+from ubgen.diffusion import initial_noise, sample_guided
 from ubgen.errors import UserError
-from ubgen.runtime import EngineSet, Network
+from ubgen.runtime import EngineSet, Network, run_rows
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.plan import Item
 
@@ -47,32 +47,35 @@ class Generator:
 
     def make(self, items: Sequence[Item]) -> list[Made]:
         """Images of `items`, which may mix classes freely: no row depends on the others."""
-        classes = torch.tensor([item.class_index for item in items])
+        classes = torch.tensor([item.class_index for item in items], device=self._engines.device)
         noise = [
             initial_noise(self._config.seed, item.class_index, item.image_index, self._latent_shape)
             for item in items
         ]
-        latents = sample(
-            self._unet,
+        latents = sample_guided(
+            self._guided_unet(self._prompts[classes]),
             self._scheduler,
-            torch.stack(noise),
-            self._prompts[classes],
-            self._uncond,
+            torch.stack(noise).to(self._engines.device),
             steps=self._config.steps,
-            guidance=self._config.guidance,
         )
         pixels = self._run("vae_decoder", "pixels", latents=latents)
         similarity = (self._run("clip_image", "features", pixels=pixels) * self._texts[classes]).sum(dim=-1)
         quality = self._run("qalign", "score", pixels=pixels)
-        rows = zip(pixels.numpy(), similarity.tolist(), quality.tolist(), strict=True)
+        rows = zip(pixels.cpu().numpy(), similarity.tolist(), quality.tolist(), strict=True)
         return [Made(*row) for row in rows]
 
-    def _unet(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        inputs = {"latents": latents, "timestep": timestep.float(), "context": context}
-        return self._engines["unet"].run(inputs)["noise"]
+    def _guided_unet(self, cond: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        unet = self._engines["unet"]
+        guidance = torch.tensor([self._config.guidance], dtype=torch.float32, device=unet.device)
+
+        def noise(latents: Tensor, timestep: Tensor) -> Tensor:
+            inputs = {"latents": latents, "timestep": timestep, "cond": cond}
+            return run_rows(unet, {**inputs, "uncond": self._uncond, "guidance": guidance})["noise"]
+
+        return noise
 
     def _run(self, name: str, output: str, **inputs: Tensor) -> Tensor:
-        return run_in_chunks(self._engines[name], inputs)[output]
+        return run_rows(self._engines[name], inputs)[output]
 
     def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """(N,S,D), once for each class."""
@@ -89,28 +92,19 @@ class Generator:
         return self._run("clip_text", "features", tokens=tokens)
 
 
-def run_in_chunks(network: Network, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`network.run` on any number of rows, in calls of at most as many as it takes."""
-    largest = network.signature.batch.max
-    chunks = zip(*(tensor.split(largest) for tensor in inputs.values()), strict=True)
-    parts = [network.run(dict(zip(inputs, chunk, strict=True))) for chunk in chunks]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
 def _row_shape(network: Network, name: str) -> tuple[int, ...]:
     spec = next(spec for spec in network.signature.inputs if spec.name == name)
     return tuple(int(size) for size in spec.shape[1:])  # type: ignore[arg-type]
 
 
 def _batch(config: SynthConfig, unet: Network) -> int:
-    """Images at a time; guidance gives the UNet two rows for each."""
+    """Images at a time."""
     rows = unet.signature.batch
     if config.batch == "best":
-        return max(1, rows.best // 2)
-    if not rows.min <= 2 * config.batch <= rows.max:
+        return rows.best
+    if not rows.min <= config.batch <= rows.max:
         raise UserError(
-            f"--batch {config.batch} needs {2 * config.batch} rows of the UNet; this engine takes "
-            f"{rows.min}..{rows.max}, so at most --batch {rows.max // 2}"
+            f"--batch {config.batch}: the UNet of this engine takes {rows.min} to {rows.max} images"
         )
     return config.batch
 

@@ -39,12 +39,17 @@ def class_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def spec_file(tmp_path_factory: pytest.TempPathFactory, class_file: str) -> Path:
-    """The miniature's spec, with our class list for the parity inputs."""
+    """The miniature's spec, with our class list and fewer images for the parity inputs."""
     text = engine_spec_path("miniature").read_text(encoding="utf-8")
     path = tmp_path_factory.mktemp("spec") / "tiny.toml"
-    path.write_text(
-        text.replace('classes = "miniature"', f"classes = {json.dumps(class_file)}"), encoding="utf-8"
-    )
+    for old, new in (
+        ('classes = "miniature"', f"classes = {json.dumps(class_file)}"),
+        ("images = 16", "images = 6"),
+        ("steps = 10", "steps = 4"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -27,13 +27,20 @@ def test_the_engines_hold_the_merged_lora(exported: Exported, family: dict[str, 
     ids = torch.tensor(sd.tokenizer(["ox", ""], padding="max_length", max_length=16).input_ids)
     context = engines["text_encoder"].run({"input_ids": ids})["embeddings"]
     assert (context - encode_prompts(sd, ["ox", ""])).abs().max() < 1e-4
-    inputs = {"latents": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([901.0, 3.0]), "context": context}
+    latents, timestep = torch.randn(2, 4, 8, 8), torch.tensor([901.0, 3.0])
+    prompts = {"cond": context[:1].repeat(2, 1, 1), "uncond": context[1:]}
+    inputs = {"latents": latents, "timestep": timestep, **prompts, "guidance": torch.tensor([2.5])}
     noise = engines["unet"].run(inputs)["noise"]
-    with torch.no_grad():
-        base = sd.unet(*inputs.values()).sample
-        merge_lora(sd.unet, lora)
-        merged = sd.unet(*inputs.values()).sample
-    assert (noise - merged).abs().max() < 1e-4
+
+    @torch.no_grad()
+    def guided() -> torch.Tensor:
+        e_cond = sd.unet(latents, timestep, prompts["cond"]).sample
+        e_uncond = sd.unet(latents, timestep, prompts["uncond"].expand(2, -1, -1)).sample
+        return e_uncond + 2.5 * (e_cond - e_uncond)
+
+    base = guided()
+    merge_lora(sd.unet, lora)
+    assert (noise - guided()).abs().max() < 1e-4
     assert (noise - base).abs().max() > 1e-2
 
 

@@ -200,7 +200,7 @@ def test_wrong_engine_or_batch_is_named(config: SynthConfig, tmp_path: Path) -> 
     fresh = dataclasses.replace(config, out=tmp_path / "out")
     with pytest.raises(UserError, match="unfinished or not a ubgen export directory"):
         synthesise(dataclasses.replace(fresh, engine=tmp_path))
-    with pytest.raises(UserError, match=r"--batch 200 needs 400 rows .* at most --batch 128"):
+    with pytest.raises(UserError, match=r"--batch 200: the UNet .* takes 1 to 128 images"):
         synthesise(dataclasses.replace(fresh, batch=200))
     with pytest.raises(UserError, match="neither a file nor"):
         synthesise(dataclasses.replace(fresh, classes="no-such-list"))

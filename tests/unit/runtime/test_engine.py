@@ -45,6 +45,7 @@ def write_engine(out: Path) -> Path:
         parts = key_parts({"clip": "sha256:0"}, None, SPEC, {"onnxruntime"}, "cpu")
         network = {
             "compiler": "onnxruntime",
+            "options": {},
             "file": "double.onnx",
             "files": {"double.onnx": content_hash(out / "double.onnx")},
             "signature": signature.to_dict(),

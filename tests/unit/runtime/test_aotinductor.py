@@ -1,0 +1,157 @@
+"""AOTInductor packages: compiled once here, with the real compiler, and run under its own strictest input checks."""
+
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ubgen.errors import UserError
+from ubgen.export.compilers import COMPILERS
+from ubgen.export.networks import Exportable
+from ubgen.export.spec import BatchRange, NetworkSpec
+from ubgen.probes import aotinductor_cpu
+from ubgen.runtime import Network, Signature
+from ubgen.runtime.aotinductor import cpu_features
+from ubgen.runtime.backends import BACKENDS
+
+pytestmark = pytest.mark.skipif(not aotinductor_cpu().available, reason=aotinductor_cpu().detail)
+BATCH = BatchRange(1, 2, 8)
+SPEC = NetworkSpec(BATCH, 1e-4, "aotinductor")
+WIDTH = 1024
+
+
+class Small(nn.Module):
+    """A convolution, whose input has strides to get wrong, and an input that all rows share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, images: Tensor, scale: Tensor) -> Tensor:
+        return nn.functional.silu(self.convolution(images)) * scale
+
+
+@pytest.fixture(scope="module")
+def small() -> Exportable:
+    torch.manual_seed(0)
+    inputs = {"images": torch.randn(4, 4, 8, 8), "scale": torch.tensor([3.0])}
+    return Exportable(Small().eval(), [inputs], "out", frozenset({"scale"}))
+
+
+@pytest.fixture(scope="module")
+def package(small: Exportable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("package")
+    files = COMPILERS["aotinductor"](small, SPEC, directory / "small", "cpu", print).files
+    assert list(directory.iterdir()) == files
+    return files[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _strict() -> Iterator[None]:
+    """The generated code's own checks, which it reads once, at its first call."""
+    os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"
+    yield
+    del os.environ["AOTI_RUNTIME_CHECK_INPUTS"]
+
+
+def load(path: Path, signature: Signature, threads: int = 1) -> Network:
+    return BACKENDS["aotinductor"].load("small", path, signature, "cpu", threads, {})
+
+
+@pytest.fixture(scope="module")
+def network(package: Path, small: Exportable) -> Network:
+    return load(package, small.signature(BATCH))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+def test_every_batch_of_the_range_equals_pytorch(network: Network, small: Exportable, batch: int) -> None:
+    inputs = {"images": torch.randn(batch, 4, 8, 8), "scale": torch.tensor([0.5])}
+    assert torch.allclose(network.run(inputs)["out"], small.reference(inputs), atol=1e-5)
+
+
+def test_strides_do_not_matter(network: Network, small: Exportable) -> None:
+    """By itself a package would read the values in the wrong order."""
+    images = torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)
+    inputs = {"images": images, "scale": torch.tensor([1.0])}
+    assert torch.allclose(network.run(inputs)["out"], small.reference(inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(9, 4, 8, 8), r"\(9, 4, 8, 8\); expected float32 \(batch 1..8"),
+        (torch.zeros(2, 4, 16, 16), r"\(2, 4, 16, 16\); expected"),
+        (torch.zeros(2, 4, 8, 8).half(), "'images' is float16"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_call(network: Network, images: Tensor, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        network.run({"images": images, "scale": torch.tensor([1.0])})
+
+
+def test_threads_are_those_of_the_network_and_torch_keeps_its_own(package: Path, small: Exportable) -> None:
+    before = torch.get_num_threads()
+    inputs = {"images": torch.randn(8, 4, 8, 8), "scale": torch.tensor([1.0])}
+    out = load(package, small.signature(BATCH), threads=before + 1).run(inputs)["out"]
+    assert torch.get_num_threads() == before
+    assert torch.allclose(out, small.reference(inputs), atol=1e-5)
+
+
+def test_memory_stays_flat(network: Network, growth: Callable[..., int]) -> None:
+    """The outputs of one call are 8 KiB: all of them together would be 80 MiB."""
+    assert growth(network, {"images": torch.zeros(8, 4, 8, 8), "scale": torch.ones(1)}) < 8 * 2**20
+
+
+@pytest.mark.parametrize("content", [b"", b"no package", None])
+def test_a_file_that_is_no_whole_package(
+    package: Path, small: Exportable, tmp_path: Path, content: bytes | None
+) -> None:
+    broken = tmp_path / "small.pt2"
+    whole = package.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(UserError, match=r"small\.pt2 is no AOTInductor package, or is not whole"):
+        load(broken, small.signature(BATCH))
+
+
+def test_a_package_of_another_network(package: Path, small: Exportable) -> None:
+    with pytest.raises(UserError, match=r"small\.pt2 was not compiled for these inputs and outputs"):
+        load(package, small.signature(BatchRange(1, 2, 16)))
+
+
+def test_a_package_for_another_processor(package: Path, small: Exportable, tmp_path: Path) -> None:
+    """Its code would end in an illegal instruction."""
+    if not cpu_features():
+        pytest.skip("this system does not say what its processor has")
+    other = tmp_path / "small.pt2"
+    with zipfile.ZipFile(package) as source, zipfile.ZipFile(other, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name.endswith("_metadata.json"):
+                content = content.replace(cpu_features().encode(), f"{cpu_features()} avx1024".encode())
+            target.writestr(name, content)
+    with pytest.raises(UserError, match="compiled for a CPU with avx1024, which this one lacks"):
+        load(other, small.signature(BATCH))
+
+
+def test_without_a_compiler_it_is_refused_before_any_work(
+    small: Exportable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "g++-of-nobody")
+    with pytest.raises(UserError, match=r"aotinductor: CPU: .*g\+\+-of-nobody is not on the PATH"):
+        COMPILERS["aotinductor"](small, SPEC, tmp_path / "small", "cpu", print)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_compiler_gets_one_line_and_leaves_nothing(
+    small: Exportable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", shutil.which("false") or "false")
+    with pytest.raises(UserError, match="small: AOTInductor could not compile it") as raised:
+        COMPILERS["aotinductor"](small, SPEC, tmp_path / "small", "cpu", print)
+    assert len(str(raised.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

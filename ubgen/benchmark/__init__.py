@@ -1,0 +1,9 @@
+"""Speed and memory of what ubgen runs, against its peers, both sides in one process."""
+
+from ubgen.benchmark.engine import EngineBench, bench_engine
+from ubgen.benchmark.machine import machine_record
+from ubgen.benchmark.memory import peak_memory
+from ubgen.benchmark.table import Table
+from ubgen.benchmark.timing import Timing, compare
+
+__all__ = ["EngineBench", "Table", "Timing", "bench_engine", "compare", "machine_record", "peak_memory"]

@@ -1,0 +1,33 @@
+"""A table of figures that the terminal and a Markdown file both show."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Table:
+    """Cells are text already; the first `text_columns` columns are words, the rest numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
+    text_columns: int = 2
+    note: str = ""
+
+    def markdown(self) -> str:
+        """A heading, the table, and the note below it."""
+        rule = ["---" if i < self.text_columns else "---:" for i in range(len(self.columns))]
+        lines = [_line(self.columns), _line(rule), *(_line(row) for row in self.rows)]
+        parts = [f"## {self.title}", "\n".join(lines), self.note]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure with so many significant digits; empty for None."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"

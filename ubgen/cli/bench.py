@@ -1,0 +1,80 @@
+"""ubgen-bench: the speed of what ubgen runs, beside its peers."""
+
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from ubgen.benchmark import Table, bench_engine
+from ubgen.cli._run import run
+
+
+def engine(
+    engine: Path,
+    batch: int | None = None,
+    seconds: float = 10.0,
+    against: tuple[Literal["eager", "compile"], ...] = ("eager",),
+    steps: int = 50,
+    guidance: float = 2.0,
+    device: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Time an engine: each network at its best batch, the whole denoising loop, and images from noise to scores.
+
+    The peers run the same weights in the same precision in the same process, in turns with the engine. They need the
+    weights at the paths that the engine's manifest names; without those the engine is timed alone.
+
+    Args:
+        engine: Directory made by ubgen-export.
+        batch: Rows of each network, within what it takes; the batch that it was made for if not given.
+        seconds: About how long each part is measured, all sides together. Loops run 3 times at least.
+        against: "eager" (PyTorch, and diffusers' own pipeline), "compile" (the same through torch.compile), or both.
+        steps: PNDM sampling steps of the loop and the chain.
+        guidance: Classifier-free guidance scale.
+        device: Where to run; by default the device that the engine was made for.
+        out: Directory for engine.json and engine.md; without it the table is only shown.
+    """
+    console = Console()
+    with console.status("starting") as status:
+        result = bench_engine(
+            engine,
+            device=device,
+            batch=batch,
+            seconds=seconds,
+            against=against,
+            steps=steps,
+            guidance=guidance,
+            say=status.update,
+        )
+    show(console, result.table())
+    if out is not None:
+        result.write(out)
+        console.print(f"written to {out}")
+
+
+def show(console: Console, table: Table) -> None:
+    """The table in the terminal, its note below."""
+    drawn = RichTable(title=table.title)
+    for i, column in enumerate(table.columns):
+        drawn.add_column(column, justify="left" if i < table.text_columns else "right")
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    console.print(drawn)
+    console.print(table.note, highlight=False, markup=False)
+
+
+def main() -> None:
+    """Entry point of the `ubgen-bench` command."""
+    about = "Measure the speed of what ubgen runs, beside its peers, in one process."
+    run(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            {"engine": engine}, prog="ubgen-bench", description=about
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

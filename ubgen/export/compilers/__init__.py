@@ -1,0 +1,44 @@
+"""The compilers, one module each: a network in its precision -> the files that the runtime opens."""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+from ubgen.errors import UserError
+from ubgen.export.networks import Exportable
+from ubgen.export.spec import NetworkSpec
+from ubgen.runtime.backends import backend
+
+Say = Callable[[str], None]
+
+
+class Compiled(NamedTuple):
+    """`files`: the first is the one that the runtime opens."""
+
+    files: list[Path]
+
+
+Compile = Callable[[Exportable, NetworkSpec, Path, str, Say], Compiled]
+"""(network in its precision on the device, spec, directory/name without suffix, device, say) -> files.
+
+UserError when it can't be compiled. What is made on the way is removed.
+"""
+
+
+def _lazily(module: str) -> Compile:
+    """`compile_network` of the module, which imports its compiler: each takes a second or is not everywhere."""
+
+    def compile_network(
+        network: Exportable, spec: NetworkSpec, path: Path, device: str, say: Say
+    ) -> Compiled:
+        if not (probe := backend(module).probe(device)).available:
+            raise UserError(f"{probe.name}: {probe.detail}")
+        return import_module(f"{__name__}.{module}").compile_network(network, spec, path, device, say)
+
+    return compile_network
+
+
+COMPILERS: dict[str, Compile] = {
+    name: _lazily(name) for name in ("onnxruntime", "aotinductor", "tensorrt", "torch_tensorrt")
+}

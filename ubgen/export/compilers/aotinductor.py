@@ -1,0 +1,50 @@
+"""AOTInductor: C++ or Triton kernels of one network, compiled into a `.pt2` package."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ubgen.export.compilers import Compiled, Say
+from ubgen.export.compilers.program import export_program, one_line
+from ubgen.export.networks import Exportable
+from ubgen.export.spec import NetworkSpec
+from ubgen.runtime.aotinductor import CPU_FEATURES, SIGNATURE, cpu_features
+
+
+def compile_network(network: Exportable, spec: NetworkSpec, path: Path, device: str, say: Say) -> Compiled:
+    """`path`.pt2: for this processor and its instruction sets, or for this kind of GPU."""
+    metadata = {
+        SIGNATURE: json.dumps(network.signature(spec.batch).to_dict()),
+        CPU_FEATURES: cpu_features(),
+    }
+    package = path.with_name(f"{path.name}.pt2")
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch,
+        one_line(path.name, "AOTInductor"),
+    ):
+        written = Path(scratch, package.name)
+        torch._inductor.aoti_compile_and_package(
+            export_program(network, spec),
+            package_path=str(written),
+            inductor_configs={**settings(spec), "aot_inductor.metadata": metadata},
+        )
+        os.replace(written, package)
+    return Compiled([package])
+
+
+def settings(spec: NetworkSpec) -> dict[str, Any]:
+    """Inductor's configuration for one network."""
+    chosen = {
+        # or the package would always use as many threads as the machine that compiled it
+        "cpp.dynamic_threads": True,
+        # or a call of a single row would be refused where AOTI_RUNTIME_CHECK_INPUTS is set
+        "aot_inductor.check_lowerbound": False,
+        "freezing": spec.options.freeze,
+        "max_autotune": spec.options.max_autotune,
+    }
+    known = torch._inductor.config.get_config_copy()
+    return {name: value for name, value in chosen.items() if name in known}  # torch 2.11 lacks some

@@ -1,0 +1,191 @@
+"""Graph passes for ONNX Runtime's CPU kernels; `bench/unet_cpu.py` measures each. They start from opset 23.
+
+ONNX Runtime's own optimiser already fuses SiLU and GELU and lays out convolutions; what it leaves undone in a
+Stable Diffusion UNet is done here. The result holds operators of the domain com.microsoft, so it is for ONNX
+Runtime alone.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from onnxscript.rewriter import pattern, rewrite
+
+
+def fit_cpu(model: ir.Model) -> None:
+    """Rewrite `model` in place: same inputs, outputs and weights, same values up to rounding."""
+    rewrite(model, pattern_rewrite_rules=[FuseAttention.rule()])
+    compute_equal_rows_once(model.graph)
+    rewrite(model, pattern_rewrite_rules=[LowerGroupNorm.rule()])
+    RemoveUnusedNodesPass()(model)
+    ClearMetadataAndDocStringPass()(model)  # traces of this machine's source files, most of the graph's bytes
+
+
+class FuseAttention(pattern.RewriteRuleClassBase):
+    """Heads split, attention, heads merged -> MultiHeadAttention on (B,S,D), whose CPU kernel is flash attention.
+
+    The CPU kernel of the standard operator is slower and holds all scores at once, (B,heads,S,S).
+    """
+
+    def pattern(self, op: Any, q: Any, k: Any, v: Any, q_to: Any, k_to: Any, v_to: Any, to: Any) -> Any:
+        heads = [
+            op.Transpose(op.Reshape(x, shape, _allow_other_attributes=True), perm=[0, 2, 1, 3])
+            for x, shape in ((q, q_to), (k, k_to), (v, v_to))
+        ]
+        merged = op.Transpose(op.Attention(*heads, _outputs=["attention"]), perm=[0, 2, 1, 3])
+        return op.Reshape(merged, to, _allow_other_attributes=True, _outputs=["out"])
+
+    def check(self, context: Any, q: Any, k: Any, v: Any, attention: Any, out: Any, **_: Any) -> bool:
+        node = attention.producer()
+        plain = q.dtype == ir.DataType.FLOAT  # the kernel's only type
+        plain = (
+            plain
+            and not node.attributes.get_int("is_causal", 0)
+            and not node.attributes.get_float("softcap", 0.0)
+        )
+        split = [heads.producer().inputs[0] for heads in node.inputs]
+        merged = out.producer().inputs[0]
+        return plain and all(
+            _splits_last_axis(x, y) for x, y in zip((q, k, v, out), (*split, merged), strict=True)
+        )
+
+    def rewrite(self, op: Any, q: Any, k: Any, v: Any, attention: Any, **_: Any) -> Any:
+        scale = attention.producer().attributes.get_float("scale", 0.0)  # 0: one over the root of the width
+        return op.MultiHeadAttention(
+            q, k, v, num_heads=attention.shape[1], scale=scale, _domain="com.microsoft", _version=1
+        )
+
+
+class LowerGroupNorm(pattern.RewriteRuleClassBase):
+    """GroupNormalization -> InstanceNormalization of the groups, then each channel's scale and bias.
+
+    ONNX Runtime has no CPU kernel for it and expands it to a dozen operators, most over the whole tensor.
+    """
+
+    def pattern(self, op: Any, x: Any, weight: Any, bias: Any) -> Any:
+        return op.GroupNormalization(x, weight, bias, _outputs=["out"])
+
+    def check(self, context: Any, x: Any, weight: Any, bias: Any, **_: Any) -> bool:
+        known = x.shape is not None and all(isinstance(size, int) for size in x.shape[1:])
+        known = known and x.dtype == ir.DataType.FLOAT  # the kernel's only type
+        return known and _is_constant(weight) and _is_constant(bias)
+
+    def rewrite(self, op: Any, x: Any, weight: Any, bias: Any, out: Any) -> Any:
+        node, sizes = out.producer(), x.shape[1:]
+
+        def constant(name: str, values: Any) -> Any:
+            return op.initializer(ir.tensor(np.asarray(values)), f"{out.name}_{name}")
+
+        groups, dtype = node.attributes["num_groups"].as_int(), x.dtype.numpy()
+        normal = op.InstanceNormalization(
+            op.Reshape(x, constant("groups", [0, groups, -1])),
+            constant("one", np.ones(groups, dtype)),
+            constant("zero", np.zeros(groups, dtype)),
+            epsilon=node.attributes["epsilon"].as_float(),
+        )
+        normal = op.Reshape(normal, constant("shape", [0, *sizes]))
+        scale, shift = (v.const_value.numpy().reshape(-1, *[1] * (len(sizes) - 1)) for v in (weight, bias))
+        return op.Add(op.Mul(normal, constant("scale", scale)), constant("shift", shift))
+
+
+def compute_equal_rows_once(graph: ir.Graph) -> None:
+    """Where the rows of a tensor are those of another twice over, compute on that one and double the result.
+
+    Guidance doubles the latents, and the two halves differ only from the first cross-attention on. What comes
+    before it is then half the work; in SD1.x that holds one of the five largest self-attentions.
+    """
+    half: dict[Any, Any] = {}  # of each doubled tensor
+    for node in list(graph):
+        first, output = (node.inputs or [None])[0], node.outputs[0]
+        if first is not None and node.op_type == "Concat" and list(node.inputs) == [first, first]:
+            if _axis(node, output) == 0:
+                half[output] = first
+        elif first is not None and node.op_type == "Expand" and first.shape == output.shape is not None:
+            ir.convenience.replace_all_uses_with(output, first)
+        elif any(value in half for value in node.inputs) and _keeps_rows_apart(node, half):
+            _compute_half(graph, node, half)
+    # the concatenations that nothing reads any more go with the unused nodes
+
+
+def _compute_half(graph: ir.Graph, node: ir.Node, half: dict[Any, Any]) -> None:
+    rows = next(half[value].shape[0] for value in node.inputs if value in half)
+    for index, value in enumerate(node.inputs):
+        node.replace_input_with(index, half.get(value, value))
+    for once in node.outputs:
+        assert once.shape is not None
+        twice = ir.Value(name=f"{once.name}_twice", type=once.type, shape=once.shape)
+        once.shape = ir.Shape([rows, *once.shape[1:]])
+        ir.convenience.replace_all_uses_with(once, twice)
+        graph.insert_after(node, ir.node("Concat", [once, once], {"axis": 0}, outputs=[twice]))
+        half[twice] = once
+
+
+def _keeps_rows_apart(node: Any, half: dict[Any, Any]) -> bool:
+    """Whether row i of the result comes from row i of the doubled inputs and, beside them, from constants alone."""
+    first, *others = node.inputs
+    output = node.outputs[0]
+    if output.is_graph_output() or any(
+        value is None or value.shape is None for value in (*node.inputs, output)
+    ):
+        return False
+    if node.op_type in ("Add", "Div", "Mul", "Sub"):  # a constant of lower rank is the same for every row
+        rank = output.shape.rank()
+        return all(v.shape.rank() == rank if v in half else _lower(v, rank) for v in node.inputs)
+    if node.op_type in ("MultiHeadAttention", "Concat"):
+        apart = node.op_type != "Concat" or _axis(node, output) != 0
+        return apart and all(value in half for value in node.inputs)
+    if first not in half or not all(_is_constant(value) for value in others):
+        return False
+    match node.op_type:
+        case "Conv" | "Cos" | "Gelu" | "GroupNormalization" | "Sigmoid" | "Sin":
+            return True
+        case "Gemm":
+            return not node.attributes.get_int("transA", 0)
+        case "LayerNormalization":
+            return _axis(node, first, default=-1) > 0
+        case "MatMul":
+            return first.shape.rank() > 1 and others[0].shape.rank() == 2
+        case "Reshape":
+            rows, *sizes = others[0].const_value.numpy().tolist()
+            return rows == -1 and math.prod(sizes) == _row_size(first)
+        case "Slice":
+            return len(others) > 2 and _without_rows(others[2], first)
+        case "Split":
+            return _axis(node, first) != 0
+        case "Transpose":
+            return node.attributes["perm"].as_ints()[0] == 0
+        case "Unsqueeze":
+            return _without_rows(others[0], output)
+    return False
+
+
+def _is_constant(value: Any) -> bool:
+    return value.const_value is not None
+
+
+def _lower(value: Any, rank: int) -> bool:
+    return _is_constant(value) and value.shape.rank() < rank
+
+
+def _axis(node: Any, of: Any, default: int = 0) -> int:
+    """The attribute "axis", counted from the front of the tensor `of`."""
+    return node.attributes.get_int("axis", default) % of.shape.rank()
+
+
+def _without_rows(axes: Any, of: Any) -> bool:
+    return all(axis % of.shape.rank() for axis in axes.const_value.numpy().tolist())
+
+
+def _row_size(value: Any) -> int | None:
+    sizes = value.shape[1:]
+    return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
+
+
+def _splits_last_axis(x: Any, y: Any) -> bool:
+    """Whether `y` (B,S,heads,width) is `x` (B,S,heads * width)."""
+    if x.shape is None or y.shape is None or (x.shape.rank(), y.shape.rank()) != (3, 4):
+        return False
+    heads, width = y.shape[2:]
+    return isinstance(width, int) and x.shape[1] == y.shape[1] and x.shape[2] == heads * width

@@ -1,0 +1,108 @@
+"""What an engine is made from: the directories of weights, the LoRA, and the content key that follows from them."""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ubgen.config import require_directory, to_dict
+from ubgen.diffusion import LORA_FILE
+from ubgen.errors import UserError
+from ubgen.export.spec import EngineSpec, NetworkSpec
+from ubgen.manifest import MANIFEST, content_hash, library_versions, read_manifest
+from ubgen.runtime.key import json_hash, key_parts
+
+FAMILY = {
+    "text_encoder": "stable_diffusion",
+    "unet": "stable_diffusion",
+    "vae_decoder": "stable_diffusion",
+    "clip_image": "clip",
+    "clip_text": "clip",
+    "qalign": "qalign",
+}
+"""Network name -> the weights that it comes from."""
+
+_PART = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}
+"""Network name -> the directory of its own inside those weights."""
+
+_FILES = {
+    "stable_diffusion": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+    "clip": ("open_clip_config.json",),
+    "qalign": ("config.json",),
+}
+
+
+def weight_directories(spec: EngineSpec) -> dict[str, Path]:
+    """The directories of all weights. UserError naming the option for one that is not given or not there."""
+    found = {}
+    for name, files in _FILES.items():
+        option, path = f"--{name.replace('_', '-')}", getattr(spec.weights, name)
+        if path is None:
+            raise UserError(f"{option}: this spec names no weights of its own; give their directory")
+        found[name] = require_directory(path, option, *files)
+    return found
+
+
+def lora_file(path: str | Path) -> Path:
+    """The LoRA in the directory `path`; UserError when it has none or belongs to an unfinished training run."""
+    directory = require_directory(path, "--lora")
+    if (directory / ".lock").exists():  # made by a stage of ours, which may have been stopped
+        read_manifest(directory, "train")
+    return require_directory(directory, "--lora", LORA_FILE) / LORA_FILE
+
+
+def engine_parts(
+    spec: EngineSpec, inputs: Mapping[str, Path], hash_of: Callable[[Path], str]
+) -> dict[str, Any]:
+    """All that the engine's key depends on; `inputs` are the weights and the LoRA."""
+    hashes = {name: hash_of(path) for name, path in inputs.items()}
+    lora = hashes.pop("lora", None)
+    _check_base(inputs, hashes["stable_diffusion"])
+    compilers: set[str] = {network.compiler for _, network in spec.networks.items()}
+    return key_parts(hashes, lora, spec.content(), compilers, spec.device)
+
+
+def network_key(
+    name: str,
+    spec: EngineSpec,
+    parts: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    hash_of: Callable[[Path], str],
+) -> str:
+    """The key of one compiled network, with which an interrupted or changed export finds what it has already."""
+    network: NetworkSpec = getattr(spec.networks, name)
+    settings = to_dict(network)
+    del settings["tolerance"]  # is checked again
+    return json_hash(
+        {
+            "format": parts["format"],
+            "network": name,
+            "spec": settings,
+            "image_size": spec.image_size,
+            "weights": hash_of(inputs[FAMILY[name]] / _PART.get(name, "")),
+            "lora": parts["lora"] if name == "unet" else None,
+            "compiler": parts["compilers"][network.compiler],
+            "architecture": parts["architecture"],
+            "versions": library_versions(),
+            "exporter": _exporter(),
+        }
+    )
+
+
+@cache
+def _exporter() -> str:
+    """Hash of this package's code, which decides what is in the files."""
+    code = {file.name: content_hash(file) for file in sorted(Path(__file__).parent.rglob("*.py"))}
+    return json_hash(code)
+
+
+def _check_base(inputs: Mapping[str, Path], base: str) -> None:
+    """A LoRA of ours says which generator it was trained on; merged into another, it would make noise."""
+    if "lora" not in inputs or not (inputs["lora"].parent / MANIFEST).exists():
+        return
+    trained_on = read_manifest(inputs["lora"].parent, "train")["inputs"].get("stable_diffusion", {})
+    if trained_on.get("hash", base) != base:
+        raise UserError(
+            f"--lora: {inputs['lora'].parent} was trained on {trained_on['path']}, "
+            f"not on the weights in {inputs['stable_diffusion']}"
+        )

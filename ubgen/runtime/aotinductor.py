@@ -1,0 +1,123 @@
+"""AOTInductor packages (`.pt2`), on the CPU or a GPU."""
+
+import json
+import platform
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ubgen.errors import UserError
+from ubgen.runtime.cuda_graphs import GraphedCalls, Inputs, Replay, Sizes, TorchGraph
+from ubgen.runtime.network import Network, Signature
+
+SIGNATURE = "ubgen.signature"
+CPU_FEATURES = "ubgen.cpu_features"
+"""Keys of what the compiler module records in a package."""
+
+_X86_INSTRUCTIONS = re.compile(r"(s?sse|avx|amx|fma|f16c|bmi|abm|popcnt|movbe|adx|v?aes|sha|gfni|v?pclmul)")
+
+
+class AotInductorNetwork(Network):
+    """A package takes whatever it is given and reads it as it expects it: the signature's checks come first."""
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        signature: Signature,
+        device: str,
+        threads: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        super().__init__(name, signature, device)
+        _check_package(path, signature, device)
+        graphs = bool(options.get("cuda_graphs"))
+        try:
+            # one runner: the others would wait on events, which a graph cannot hold
+            self._model = torch._inductor.aoti_load_package(
+                str(path), run_single_threaded=graphs, device_index=_index(device)
+            )
+        except Exception as error:  # of many kinds, from C++
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise UserError(f"{path} cannot be opened by AOTInductor: {reason}") from error
+        self._threads = threads
+        self._output = signature.outputs[0].name
+        self._graphed = GraphedCalls(self._call, self._capture) if graphs else None
+
+    def _run(self, inputs: dict[str, Tensor], sizes: dict[str, int]) -> dict[str, Tensor]:
+        with _threads(self._threads):
+            return self._graphed(inputs, sizes) if self._graphed else self._call(inputs)
+
+    @torch.no_grad()
+    def _call(self, inputs: Inputs, sizes: Sizes | None = None) -> dict[str, Tensor]:
+        return {self._output: self._model(**inputs)}
+
+    def _capture(self, inputs: Inputs, sizes: Sizes) -> Replay:
+        return TorchGraph(self._call, inputs)
+
+
+def cpu_features() -> str:
+    """The instruction sets of this processor that a compiler may use, separated by spaces; empty if unknown.
+
+    The generated code is compiled with -march=native, so it runs only where all of them are.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    names = sorted(found[1].split()) if found else []
+    if platform.machine() in ("x86_64", "AMD64"):
+        names = [name for name in names if _X86_INSTRUCTIONS.match(name)]
+    return " ".join(names)
+
+
+def _check_package(path: Path, signature: Signature, device: str) -> None:
+    """Before the code in it is loaded: that it is a package of this network, and for this processor."""
+    metadata = _metadata(path)
+    if metadata.get(SIGNATURE) != json.dumps(signature.to_dict()):
+        raise UserError(f"{path} was not compiled for these inputs and outputs; run ubgen-export again")
+    if torch.device(device).type != "cpu":
+        return
+    here = cpu_features().split()
+    if here and (lacking := [name for name in metadata[CPU_FEATURES].split() if name not in here]):
+        raise UserError(
+            f"{path} was compiled for a CPU with {lacking[0]}, which this one lacks; "
+            "run ubgen-export again on this machine"
+        )
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with zipfile.ZipFile(path) as package:
+            entries = [n for n in package.namelist() if n.endswith("_metadata.json")]
+            return json.loads(package.read(entries[0]))
+    except (zipfile.BadZipFile, IndexError, ValueError) as error:
+        raise UserError(
+            f"{path} is no AOTInductor package, or is not whole; run ubgen-export again"
+        ) from error
+
+
+def _index(device: str) -> int:
+    index = torch.device(device).index
+    return -1 if index is None else index
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """The generated loops and torch's own kernels both take torch's number of threads."""
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
