@@ -8,4 +8,5 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 if [[ -z ${PYTHON:-} && -x $root/.venv/bin/python ]]; then python=$root/.venv/bin/python; fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export PYTORCH_NVML_BASED_CUDA_CHECK=1  # asking for GPUs this way leaves the process free to fork
 exec "$python" -m bench.gpu_suite "$@"

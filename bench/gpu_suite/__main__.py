@@ -8,7 +8,6 @@ run; from then on one part at a time uses the machine.
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -17,19 +16,17 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-
-# imported before the first fork, once for all parts; nothing here touches the GPU
 from bench.gpu_suite import ceilings, checking, decoding, denoising, finetuning, operations, scoring
+from bench.gpu_suite.processes import choose_start, context, import_libraries
 from bench.gpu_suite.report import write_report
 from bench.gpu_suite.suite import Settings, Suite
 
 Begin = Callable[[Suite], Any]
-_FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,8 @@ class Running:
 
     def __init__(self, part: Part, settings: Settings, end: float) -> None:
         self.part, self._settings = part, settings
-        self._pipe, theirs = _FORK.Pipe()
-        self._process = _FORK.Process(target=_child, args=(part, settings, end, theirs))
+        self._pipe, theirs = context().Pipe()
+        self._process = context().Process(target=_child, args=(part, settings, end, theirs))
         self._process.start()
         theirs.close()
 
@@ -104,10 +101,10 @@ def _child(part: Part, settings: Settings, end: float, pipe: Connection) -> None
             os.dup2(log.fileno(), stream)
         print(f"--- {part.name}", flush=True)
         suite = Suite(part.name, settings, end)
-        suite.run(lambda s: _begin_and_run(part, s, pipe))
+        suite.run(partial(_begin_and_run, part, pipe))
 
 
-def _begin_and_run(part: Part, suite: Suite, pipe: Connection) -> None:
+def _begin_and_run(part: Part, pipe: Connection, suite: Suite) -> None:
     if part.begin is None:
         checking.use_built(suite.settings)
     state = () if part.begin is None else (part.begin(suite),)
@@ -150,7 +147,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     for name in ("results.json", "results.md", "suite.log"):
         (given.out / name).unlink(missing_ok=True)
-    if not given.cpu and not _has_gpu():
+    import_libraries()
+    if not given.cpu and not choose_start():
         sys.exit("error: PyTorch finds no CUDA GPU here; `--cpu` makes the reduced run on the CPU")
     names = given.parts.split(",") if given.parts else [part.name for part in PARTS]
     if unknown := set(names) - {part.name for part in PARTS}:
@@ -172,14 +170,6 @@ def main() -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(f"{(given.out / 'results.md').read_text(encoding='utf-8')}\nwritten to {given.out}")
-
-
-def _has_gpu() -> bool:
-    """Asked in another process: this one must not touch the GPU before it forks."""
-    process = _FORK.Process(target=lambda: sys.exit(0 if torch.cuda.is_available() else 1))
-    process.start()
-    process.join()
-    return process.exitcode == 0
 
 
 def _arguments() -> argparse.Namespace:

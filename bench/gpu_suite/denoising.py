@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.gpu_suite.processes import result_of
 from bench.gpu_suite.sizes import Sizes
-from bench.gpu_suite.suite import Settings, Suite
+from bench.gpu_suite.suite import Suite
 from bench.gpu_suite.tuned import TunedUNet, Tuning
 from bench.gpu_suite.variants import GUIDANCE, chosen, reference_noise
-from bench.gpu_suite.workers import _FORK, CHECKED, Failed, Worker
+from bench.gpu_suite.workers import CHECKED, Failed, Worker
 from ubgen.benchmark import Timing
 from ubgen.export.flops import count_flops
 from ubgen.export.networks import UNet
@@ -54,7 +55,7 @@ def _measure(suite: Suite, ready: list[Worker]) -> None:
     flops = {variant: executed_flops(suite.sizes, variant) for variant in {w.variant.tuning for w in ready}}
     nominal = executed_flops(suite.sizes, None)
     suite.fact(flops_per_image=nominal)
-    reference = _in_a_process(reference_noise, suite.settings, CHECKED)
+    reference = result_of(reference_noise, suite.settings, CHECKED)
     for batch in suite.sizes.batches:
         first = batch == suite.sizes.batches[0]
         bound = _bind(suite, [w for w in ready if first or not w.variant.headline], batch, reference)
@@ -153,15 +154,3 @@ def executed_flops(sizes: Sizes, tuning: Tuning | None) -> int:
         tuned = TunedUNet(unet, plain, GUIDANCE)
         tuned.set_prompts(cond, cond)
     return count_flops(tuned, inputs)[""]
-
-
-def _in_a_process(function: Any, settings: Settings, *arguments: Any) -> Any:
-    """This process stays free of the GPU: it forks."""
-    ours, theirs = _FORK.Pipe()
-    process = _FORK.Process(target=lambda: theirs.send(function(settings, *arguments).numpy()))
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    finally:
-        process.join()

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -285,13 +286,13 @@ def inputs_of(settings: Settings, batch: int) -> dict[str, Tensor]:
     }
 
 
-def reference_noise(settings: Settings, rows: int) -> Tensor:
-    """What diffusers computes in float32 for the first `rows` images, on the CPU."""
+def reference_noise(settings: Settings, rows: int) -> np.ndarray:
+    """What diffusers computes in float32 for the first `rows` images."""
     from ubgen.export.inputs import exact_float32
 
     unet = UNet(random_unet(settings.sizes.unet, settings.device))
     with exact_float32(), torch.no_grad():
-        return unet(**inputs_of(settings, rows)).cpu()
+        return unet(**inputs_of(settings, rows)).cpu().numpy()
 
 
 def _attention(variant: Variant) -> Any:

@@ -3,7 +3,6 @@
 Only one of them works on the GPU while times are taken: the caller hands out the turns.
 """
 
-import multiprocessing
 import os
 import time
 import traceback
@@ -14,13 +13,13 @@ from typing import Any
 import torch
 
 from bench.gpu_suite.checking import use_built, wait_for_build
+from bench.gpu_suite.processes import context
 from bench.gpu_suite.suite import Settings, reason
 from bench.gpu_suite.variants import Denoiser, Variant, inputs_of
 from ubgen.benchmark import peak_memory
 from ubgen.benchmark.timing import calls_in_a_turn, milliseconds
 
 CHECKED = 2  # images whose noise is compared with the reference
-_FORK = multiprocessing.get_context("fork")  # the libraries are imported already; no GPU is touched before
 
 
 class Failed(Exception):
@@ -32,8 +31,8 @@ class Worker:
 
     def __init__(self, variant: Variant, settings: Settings) -> None:
         self.variant = variant
-        self._pipe, theirs = _FORK.Pipe()
-        self._process = _FORK.Process(target=_serve, args=(theirs, variant, settings), daemon=False)
+        self._pipe, theirs = context().Pipe()
+        self._process = context().Process(target=_serve, args=(theirs, variant, settings), daemon=False)
         self._process.start()
         theirs.close()
 

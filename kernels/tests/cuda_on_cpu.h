@@ -1,8 +1,8 @@
-// Enough of CUDA to run the kernels' own source on a CPU, for tests on machines without a GPU: it shows wrong indices,
+// Enough of CUDA to run the kernels' own source on a CPU, for tests on machines without a GPU. It shows wrong indices,
 // wrong arithmetic and missing barriers, but nothing about speed or about what nvcc makes of it.
 //
 // Every thread of a block is a fiber. A fiber runs until a barrier or its end, then the next one does, in the order that
-// `reverse` says: a kernel that needs a barrier where it has none gives different results in the two orders.
+// `reverse` says: a kernel without a barrier that it needs gives a wrong result in one of the two.
 #ifndef UBGEN_CUDA_ON_CPU_H
 #define UBGEN_CUDA_ON_CPU_H
 
@@ -40,17 +40,30 @@ struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[kStack]};
     bool done = false;
-    long block_barriers = 0, warp_barriers = 0;  // how many of each it has reached
-    double exchanged = 0;
+    long exchanges = 0;
+    double exchanged[2] = {};  // of the last exchange and the one before: no lane is further ahead of another
+};
+
+struct Barrier {
+    int running = 0, waiting = 0;
+    long opened = 0;
+    void open_if_all_wait() {
+        if (running == 0 || waiting < running) return;
+        waiting = 0;
+        ++opened;
+    }
 };
 
 struct Block {
     std::vector<Fiber> fibers;
+    std::vector<Barrier> warps;
+    Barrier all;
     ucontext_t scheduler;
     std::function<void()> kernel;
     std::vector<double> shared;  // double: aligned for everything
     int current = 0;
     uint3 thread{}, index{}, size{}, count{};
+    Barrier &warp() { return warps[current / kWarp]; }
 };
 
 inline Block *block = nullptr;
@@ -62,36 +75,26 @@ inline unsigned char *shared_memory() { return reinterpret_cast<unsigned char *>
 inline void enter() {
     block->kernel();
     block->fibers[block->current].done = true;
+    for (Barrier *barrier : {&block->all, &block->warp()}) {
+        --barrier->running;
+        barrier->open_if_all_wait();
+    }
 }
 
-inline void yield() {
-    Fiber &self = block->fibers[block->current];
-    swapcontext(&self.context, &block->scheduler);
-}
-
-// Waits until every fiber of first..last that still runs has reached as many barriers.
-template <class Count>
-void wait(int first, int last, Count count) {
-    const long mine = ++count(block->fibers[block->current]);
-    const auto behind = [&](Fiber &other) { return !other.done && count(other) < mine; };
-    while (std::any_of(block->fibers.begin() + first, block->fibers.begin() + last, behind)) yield();
-}
-
-inline void block_barrier() {
-    wait(0, static_cast<int>(block->fibers.size()), [](Fiber &fiber) -> long & { return fiber.block_barriers; });
-}
-inline void warp_barrier() {
-    const int first = block->current / kWarp * kWarp;
-    wait(first, first + kWarp, [](Fiber &fiber) -> long & { return fiber.warp_barriers; });
+inline void wait(Barrier &barrier) {
+    const long before = barrier.opened;
+    ++barrier.waiting;
+    barrier.open_if_all_wait();
+    while (barrier.opened == before) swapcontext(&block->fibers[block->current].context, &block->scheduler);
 }
 
 template <class T>
 T exchange(T value, int lane_mask) {
-    block->fibers[block->current].exchanged = static_cast<double>(value);
-    warp_barrier();
-    const T other = static_cast<T>(block->fibers[block->current ^ lane_mask].exchanged);
-    warp_barrier();
-    return other;
+    Fiber &self = block->fibers[block->current];
+    const long slot = self.exchanges++ % 2;
+    self.exchanged[slot] = static_cast<double>(value);
+    wait(block->warp());
+    return static_cast<T>(block->fibers[block->current ^ lane_mask].exchanged[slot]);
 }
 
 inline void run(int64_t blocks, int threads, std::size_t shared, std::function<void()> kernel) {
@@ -104,8 +107,11 @@ inline void run(int64_t blocks, int threads, std::size_t shared, std::function<v
     here.count.x = static_cast<unsigned int>(blocks);
     block = &here;
     for (here.index.x = 0; here.index.x < blocks; ++here.index.x) {
+        here.all = {threads, 0, 0};
+        here.warps.assign(threads / kWarp, {kWarp, 0, 0});
         for (Fiber &fiber : here.fibers) {
             fiber.done = false;
+            fiber.exchanges = 0;
             getcontext(&fiber.context);
             fiber.context.uc_stack.ss_sp = fiber.stack.get();
             fiber.context.uc_stack.ss_size = kStack;
@@ -136,7 +142,7 @@ inline void run(int64_t blocks, int threads, std::size_t shared, std::function<v
 using std::max;
 using std::min;
 
-inline void __syncthreads() { cuda_on_cpu::block_barrier(); }
+inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::block->all); }
 template <class T>
 T __shfl_xor_sync(unsigned int, T value, int lane_mask) {
     return cuda_on_cpu::exchange(value, lane_mask);

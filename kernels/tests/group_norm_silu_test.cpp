@@ -85,13 +85,14 @@ void checks(Report &report) {
     check_refusals(report);
     for (int dtype : {UBGEN_F32, UBGEN_F16, UBGEN_BF16})
         for (int layout : {UBGEN_NCHW, UBGEN_NHWC}) {
-            for (int64_t area : {1, 7, 16, 24, 105})
-                for (int64_t channels : {2, 16, 30, 48}) check({dtype, layout, 2, channels, area, 2, 0.5, 1}, report);
+            check({dtype, layout, 2, 32, 48, 4, 0, 1}, report, true);
+            if (kOnCuda && dtype == UBGEN_F16) continue;  // the same code as bfloat16, and emulation is slow
+            for (int64_t area : {1, 16, 105})
+                for (int64_t channels : {2, 30, 48}) check({dtype, layout, 2, channels, area, 2, 0.5, 1}, report);
             check({dtype, layout, 0, 8, 4, 2, 0, 1}, report);
             check({dtype, layout, 2, 8, 0, 2, 0, 1}, report);
             check({dtype, layout, 1, 6, 20, 6, 0, 1}, report);
             check({dtype, layout, 1, 6, 20, 1, 0, 1}, report);
-            check({dtype, layout, 2, 32, 48, 4, 0, 1}, report, true);
             check({dtype, layout, 1, 32, 64, 4, 100, 1}, report);        // far from 0
             check({dtype, layout, 1, 4128, 4, 16, 0, 1}, report);        // wider than a block of threads
             check({dtype, layout, 1, 64, 200 * 9, 2, 0, 1}, report);     // more than the emulated shared memory

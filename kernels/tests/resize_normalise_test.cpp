@@ -130,7 +130,7 @@ void checks(Report &report) {
         check({1, 300, 260, 9, pad, 1}, report);   // many taps
         check({1, 24, 40, 90, pad, 1}, report);    // larger than it was
         check({1, 150, 200, 64, pad, 1}, report);  // several tiles
-        if (kOnCuda) check({1, 1500, 8, 2, false, 1}, report);  // so many that only a small tile fits
+        if (kOnCuda) check({1, 400, 8, 2, false, 1}, report);  // so many that only a small tile fits
         if (!kOnCuda)
             for (int threads : {1, 2, 5}) check({3, 130, 120, 70, pad, threads}, report);
     }

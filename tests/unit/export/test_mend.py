@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ubgen.export.mend import offending_layers, smallest
 from ubgen.export.networks import Exportable
-from ubgen.export.precision import lower
+from ubgen.export.precision import lower, record_calls
 from ubgen.export.spec import BatchRange, NetworkSpec
 
 SPEC = NetworkSpec(BatchRange(1, 2, 4), tolerance=2e-2, precision="float16")
@@ -71,11 +71,11 @@ def test_the_layers_inside_the_blocks_are_found(loud: list[int]) -> None:
     kept = offending_layers(network, expected, SPEC, "cpu", said.append)
     assert kept == tuple(f"blocks.{i}.{part}" for i in loud for part in ("up", "norm"))
     assert said
-    from ubgen.export.precision import record_calls
-
     mended = lower(network.module, "float16", kept, record_calls(network.module, network.inputs[0]))
     with torch.no_grad():
-        assert torch.allclose(mended(network.inputs[1]["x"]), expected[1], atol=2e-2 * float(expected[1].abs().max()))
+        assert torch.allclose(
+            mended(network.inputs[1]["x"]), expected[1], atol=2e-2 * float(expected[1].abs().max())
+        )
 
 
 def test_what_low_precision_does_not_cause_is_not_blamed_on_it() -> None:

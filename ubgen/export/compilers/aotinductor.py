@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.utils import fresh_cache
 
 from ubgen.export.compilers import Compiled, Say
 from ubgen.export.compilers.program import export_program, one_line
@@ -25,6 +26,7 @@ def compile_network(network: Exportable, spec: NetworkSpec, path: Path, device: 
     with (
         tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch,
         one_line(path.name, "AOTInductor"),
+        fresh_cache(dir=scratch),  # Inductor's own would keep a copy of the weights for good
     ):
         written = Path(scratch, package.name)
         torch._inductor.aoti_compile_and_package(

@@ -1,0 +1,194 @@
+"""What the compilers are given, and what they refuse. AOTInductor is built and run in tests/unit/runtime."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from ubgen.errors import UserError
+from ubgen.export.compilers import COMPILERS
+from ubgen.export.compilers.float8 import calibration_rows, quantise
+from ubgen.export.compilers.tensorrt_graph import cast_images, onnx_graph
+from ubgen.export.compilers.tensorrt_operators import SUPPORTED, check_operators
+from ubgen.export.networks import Exportable
+from ubgen.export.spec import BatchRange, NetworkSpec
+from ubgen.probes import modelopt
+from ubgen.runtime import Network
+from ubgen.runtime.backends import BACKENDS
+
+BATCH = BatchRange(1, 2, 8)
+FLOAT, UINT8, INT64 = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT64
+
+
+class Picture(nn.Module):
+    """8-bit pixels in and out, and an input that all rows share; the transposition comes before the cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 16, 3, padding=1)
+        self.last = nn.Conv2d(16, 3, 1)
+
+    def forward(self, pixels: Tensor, scale: Tensor) -> Tensor:
+        images = pixels.permute(0, 3, 1, 2).float() / 255
+        images = self.last(nn.functional.silu(self.convolution(images))) * scale
+        return (images.clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def picture() -> Exportable:
+    torch.manual_seed(0)
+    inputs = [
+        {"pixels": torch.randint(0, 256, (rows, 16, 16, 3), dtype=torch.uint8), "scale": torch.tensor([s])}
+        for rows, s in ((5, 3.0), (2, 1.5))
+    ]
+    return Exportable(Picture().eval(), inputs, "out", frozenset({"scale"}))
+
+
+def spec(compiler: str = "tensorrt", opset: int = 23, **changes: object) -> NetworkSpec:
+    return NetworkSpec(BATCH, 1e-3, compiler, opset=opset, **changes)
+
+
+def load(path: Path, network: Exportable) -> Network:
+    return BACKENDS["onnxruntime"].load("picture", path, network.signature(BATCH), "cpu", 1, {})
+
+
+def assert_equal(network: Network, wanted: Exportable) -> None:
+    for inputs in wanted.inputs:
+        ours, reference = network.run(inputs)["out"], wanted.reference(inputs)
+        assert ours.dtype == torch.uint8
+        assert ((ours.int() - reference.int()).abs() <= 1).all()
+
+
+def test_onnx_runtime_runs_what_was_written_and_nothing_else_is_left(
+    picture: Exportable, tmp_path: Path
+) -> None:
+    files = COMPILERS["onnxruntime"](picture, spec("onnxruntime"), tmp_path / "picture", "cpu", print).files
+    assert list(tmp_path.iterdir()) == files == [tmp_path / "picture.onnx"]
+    assert_equal(load(files[0], picture), picture)
+
+
+def test_the_graph_for_tensorrt_casts_images_first_and_goes_away(picture: Exportable, tmp_path: Path) -> None:
+    with onnx_graph(picture, spec(), tmp_path / "picture", "11.4.0.106") as graph:
+        assert_equal(load(graph, picture), picture)
+        readers = [node.op_type for node in onnx.load(graph).graph.node if "pixels" in node.input]
+        assert readers == ["Cast"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_without_images_is_left_alone(tmp_path: Path) -> None:
+    path = write_graph(tmp_path / "a.onnx", "Neg", FLOAT)
+    before = path.read_bytes()
+    cast_images(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("compiler", ["tensorrt", "torch_tensorrt"])
+def test_a_compiler_that_cannot_serve_the_device_says_so(
+    picture: Exportable, tmp_path: Path, compiler: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^{compiler}: has no engines for the CPU$"):
+        COMPILERS[compiler](picture, spec(compiler), tmp_path / "picture", "cpu", print)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("compiler", ["tensorrt", "torch_tensorrt", "aotinductor", "onnxruntime"])
+def test_without_a_gpu_each_compiler_says_what_is_missing(compiler: str) -> None:
+    probe = BACKENDS[compiler].probe("cuda")
+    assert not probe.available
+    assert probe.detail
+
+
+def write_graph(path: Path, operator: str, element: int, *, domain: str = "", **attributes: object) -> Path:
+    """x -> y of the same type, by one node."""
+    source, target = (helper.make_tensor_value_info(name, element, ["batch", 3, 4, 4]) for name in "xy")
+    node = helper.make_node(operator, ["x"], ["y"], "odd", domain=domain, **attributes)
+    graph = helper.make_graph([node], "graph", [source], [target])
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("operator", "element", "attributes", "problem"),
+    [
+        ("NonZero", FLOAT, {}, "does not take NonZero at all"),
+        ("QuickGelu", FLOAT, {"domain": "com.microsoft"}, "QuickGelu of the domain com.microsoft"),
+        ("Sigmoid", INT64, {}, "Sigmoid of INT64"),
+        ("Transpose", UINT8, {}, "Transpose of UINT8"),
+        ("Resize", FLOAT, {"antialias": 1, "mode": "linear"}, "Resize with antialias"),
+        ("Resize", FLOAT, {"mode": "cubic"}, "Resize of mode cubic"),
+    ],
+)
+def test_what_tensorrt_does_not_take_is_named_before_a_build(
+    tmp_path: Path, operator: str, element: int, attributes: dict[str, object], problem: str
+) -> None:
+    path = write_graph(tmp_path / "unet.onnx", operator, element, **attributes)
+    with pytest.raises(UserError, match=rf"unet\.onnx: TensorRT 11\.4\.0.* {problem}.*'odd'"):
+        check_operators(path, "11.4.0")
+
+
+def test_attention_needs_a_newer_tensorrt(tmp_path: Path) -> None:
+    values = [helper.make_tensor_value_info(name, FLOAT, [2, 4, 8, 8]) for name in "qkvy"]
+    node = helper.make_node("Attention", ["q", "k", "v"], ["y"])
+    graph = helper.make_graph([node], "graph", values[:3], values[3:])
+    opset = [helper.make_opsetid("", 23)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "a.onnx")
+    check_operators(tmp_path / "a.onnx", "10.14.1")
+    with pytest.raises(UserError, match=r"Attention before 10\.14; use a lower opset"):
+        check_operators(tmp_path / "a.onnx", "10.12.0.36")
+
+
+def test_the_table_names_operators_of_onnx() -> None:
+    known = {schema.name for schema in onnx.defs.get_all_schemas()}
+    assert set(SUPPORTED) <= known
+
+
+def test_float8_is_scaled_on_rows_of_all_real_inputs(picture: Exportable) -> None:
+    rows = calibration_rows(picture)
+    assert rows["pixels"].shape == (7, 16, 16, 3)
+    assert rows["scale"].tolist() == [3.0] * 5 + [1.5] * 2
+    assert np.array_equal(rows["pixels"][5], picture.inputs[1]["pixels"][0].numpy())
+
+
+@pytest.mark.skipif(modelopt().available, reason="for machines without it")
+def test_float8_without_the_quantiser_names_the_extra(picture: Exportable, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'precision = "float8" needs modelopt.*ubgen\[float8\]'):
+        quantise(tmp_path / "a.onnx", picture, (), tmp_path / "b.onnx")
+
+
+class HalfPicture(Picture):
+    """In float16 inside, but for the last layer."""
+
+    def forward(self, pixels: Tensor, scale: Tensor) -> Tensor:
+        images = pixels.permute(0, 3, 1, 2).half() / 255
+        images = self.last(nn.functional.silu(self.convolution(images)).float()) * scale
+        return (images.clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
+
+
+@pytest.mark.skipif(not modelopt().available, reason=modelopt().detail)
+def test_a_float8_graph_runs_and_leaves_the_kept_layers_alone(picture: Exportable, tmp_path: Path) -> None:
+    """On the CPU, where ONNX Runtime converts to and from float8 as the nodes say."""
+    torch.manual_seed(0)
+    module = HalfPicture().eval()
+    module.convolution.half()
+    half = Exportable(module, picture.inputs, "out", picture.constant)
+    quantised = spec(opset=20, precision="float8", keep_float32=("last",))
+    with onnx_graph(half, quantised, tmp_path / "picture", "11.4.0") as path:
+        graph = onnx.load(path).graph
+        types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        assert TensorProto.FLOAT8E4M3FN in types.values()
+        sources = {output: node for node in graph.node for output in node.output}
+        first, last = (node for node in graph.node if node.op_type == "Conv")
+        assert sources[first.input[1]].op_type == "DequantizeLinear"
+        assert types[last.input[1]] == TensorProto.FLOAT
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        for inputs in picture.inputs:
+            ours = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0]
+            error = np.abs(ours.astype(int) - picture.reference(inputs).numpy().astype(int))
+            assert 0 < error.mean() < 8
+    assert list(tmp_path.iterdir()) == []
