@@ -8,6 +8,7 @@ compiler. Writes qalign-cost.json and qalign-cost.md. Needs 8 GB of memory and s
 import copy
 import gc
 import json
+import os
 import platform
 import resource
 import statistics
@@ -274,8 +275,9 @@ def main(out: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         result = {
-            "machine": f"{device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-            f"onnxruntime {onnxruntime.__version__}, {platform.platform()}. Medians, the sides taking turns in one run.",
+            "machine": f"{device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, onnxruntime "
+            f"{onnxruntime.__version__}, {platform.platform()}. Medians, the sides taking turns in one run; "
+            f"other work loaded the machine ({os.getloadavg()[1]:.1f} processes at the start).",
             "7B": cost(SEVEN_B),
             "miniature": miniature(directory),
             "full width": full_width(directory),

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_suite import ceilings, checking, decoding, denoising, finetuning, operations, scoring
-from bench.gpu_suite.processes import choose_start, context, import_libraries
+from bench.gpu_suite.processes import choose_start, context, die_with_parent, import_libraries
 from bench.gpu_suite.report import write_report
 from bench.gpu_suite.suite import Settings, Suite
 
@@ -51,6 +51,7 @@ PARTS = (
 )
 FIRST = ("build", "tests")  # what runs beside the compilation
 COMPILED_BY = 0.45  # of all the time
+PATIENCE = 6  # times as long for the reduced run, which measures no speed and may share its machine
 
 
 class Running:
@@ -96,6 +97,7 @@ class Running:
 
 def _child(part: Part, settings: Settings, end: float, pipe: Connection) -> None:
     os.setpgid(0, 0)
+    die_with_parent()
     with (settings.out / "suite.log").open("a", encoding="utf-8") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
@@ -121,7 +123,8 @@ def play(settings: Settings, parts: Sequence[Part]) -> None:
     early = [Running(part, settings, compiled_by) for part in parts if part.begin is not None]
 
     def finish(running: Running) -> None:
-        end = min(settings.end, time.monotonic() + running.part.seconds)
+        limit = running.part.seconds * (PATIENCE if settings.small else 1)
+        end = min(settings.end, time.monotonic() + limit)
         print(f"{running.part.name}: at most {end - time.monotonic():.0f} s", flush=True)
         running.finish(end)
         write_report(settings, [part.name for part in parts], time.monotonic() - started)
@@ -162,9 +165,10 @@ def main() -> None:
         work=work,
         device="cpu" if given.cpu else "cuda",
         small=given.cpu,
-        end=time.monotonic() + given.seconds,
+        end=time.monotonic() + given.seconds * (PATIENCE if given.cpu else 1),
         variants=tuple(given.variants.split(",")) if given.variants else (),
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped"))  # and the rest is cleaned up
     try:
         play(settings, [part for part in PARTS if part.name in names])
     finally:

@@ -60,7 +60,7 @@ def _measure(suite: Suite, ready: list[Worker]) -> None:
         first = batch == suite.sizes.batches[0]
         bound = _bind(suite, [w for w in ready if first or not w.variant.headline], batch, reference)
         ready = [w for w in ready if w in bound or (w.variant.headline and not first)]
-        for worker, timing in _turns(suite, list(bound), batch, suite.left() / 4).items():
+        for worker, timing in _turns(suite, list(bound), batch, suite.share(0.25)).items():
             seconds = timing.median / 1000
             suite.add(
                 timing,

@@ -41,7 +41,7 @@ def run(suite: Suite) -> None:
         suite.skip(
             "native operations", "no native library for this device; what is timed is their PyTorch reference"
         )
-    share = suite.left() / 2 / 10
+    share = suite.share(0.05)
     for case in _cases(suite):
         with suite.guard(f"{case.name} {case.shape}"):
             error = _error(case.ours(), case.eager())

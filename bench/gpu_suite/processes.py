@@ -1,7 +1,11 @@
 """How the suite starts its processes: forked from one that has imported the libraries already and touched no GPU."""
 
+import contextlib
+import ctypes
+import importlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -36,19 +40,26 @@ def _use_gpu() -> None:
     torch.zeros(1, device="cuda")
 
 
+def die_with_parent() -> None:
+    """Called first in a child: when its parent is killed, so is it (Linux)."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def import_libraries() -> None:
     """What most parts need and what takes seconds. Not torch._inductor: it starts processes of its own."""
-    from diffusers import (  # noqa: F401
-        AutoencoderKL,
-        PNDMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
-
-    try:
-        import open_clip  # noqa: F401
-    except ImportError:
-        return  # the parts that need it say so
+    for module, *names in (
+        ("torch._dynamo",),
+        ("diffusers", "AutoencoderKL", "PNDMScheduler", "StableDiffusionPipeline", "UNet2DConditionModel"),
+        ("open_clip",),
+        ("peft",),
+    ):
+        with contextlib.suppress(ImportError):  # the parts that need it will say so
+            for name in names:  # diffusers imports its classes when they are first asked for
+                getattr(importlib.import_module(module), name)
+            importlib.import_module(module)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("diffusers").utils.logging.set_verbosity_error()  # it warns of every cast
 
 
 def result_of(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -66,4 +77,5 @@ def result_of(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _send(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    die_with_parent()
     pipe.send(function(*arguments))

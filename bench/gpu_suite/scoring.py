@@ -45,7 +45,7 @@ def run(suite: Suite, clip: dict[str, Score]) -> None:
         flops = suite.content["facts"]["clip_flops_per_image"]
         for batch in suite.sizes.scored:
             with suite.guard(f"CLIP, batch {batch}"):
-                _compare(suite, "CLIP ViT-L/14", clip, batch, dict.fromkeys(clip, flops), suite.left() / 8)
+                _compare(suite, "CLIP ViT-L/14", clip, batch, dict.fromkeys(clip, flops), suite.share(0.125))
     clip.clear()
     with suite.guard("Q-Align"):
         _score_quality(suite)
@@ -67,7 +67,7 @@ def _score_quality(suite: Suite) -> None:
             with suite.guard(f"Q-Align, CUDA graph, batch {batch}"):
                 sides["folded, CUDA graph"] = _graphed(scorer, _pixels(suite, batch))
         with suite.guard(f"Q-Align, batch {batch}"):
-            _compare(suite, "Q-Align 7B", sides, batch, flops, suite.left() / 4)
+            _compare(suite, "Q-Align 7B", sides, batch, flops, suite.share(0.25))
 
 
 def _compare(

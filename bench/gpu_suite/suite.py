@@ -59,6 +59,10 @@ class Suite:
         """Seconds until the part's time is up."""
         return self.end - time.monotonic()
 
+    def share(self, part: float) -> float:
+        """Seconds for one measurement, of those that are left."""
+        return min(part * self.left(), 0.2) if self.small else part * self.left()
+
     def add(self, timing: Timing | None = None, **row: Any) -> None:
         """A result; `timing` gives it "ms" (the median), "q1", "q3" and "rounds"."""
         if timing is not None:

@@ -101,7 +101,13 @@ ON_GPU = (
 ON_CPU = (
     Variant("eager", "diffusers as it comes", "float32", benchmark=False),
     Variant("channels-last", "diffusers, channels last", "float32", channels_last=True),
-    Variant("compile", "traced by torch.compile, run eagerly", "float32", compile={"backend": "aot_eager"}),
+    Variant(
+        "compile",
+        "traced by torch.compile, run eagerly",
+        "float32",
+        compile={"backend": "aot_eager"},
+        headline=True,
+    ),
     replace(_TUNED, name="graph", about="tuned UNet", dtype="float32", graph=False),
     replace(
         _TUNED,
@@ -128,7 +134,8 @@ class Denoiser:
     def __init__(self, variant: Variant, settings: Settings) -> None:
         self.variant, self.settings = variant, settings
         self._dtype = DTYPES[variant.dtype]
-        self._inputs: dict[str, Tensor] = {}
+        self._prompts: dict[str, Tensor] = {}
+        self._inputs: dict[str, Tensor] = {}  # what a call takes besides latents and timestep
         self._graph: Any = None
         self._tuned: TunedUNet | None = None
         self._unet: Any = None  # diffusers', for its own pipeline
@@ -139,7 +146,11 @@ class Denoiser:
     @torch.no_grad()
     def bind(self, latents: Tensor, timestep: Tensor, cond: Tensor, uncond: Tensor) -> None:
         guidance = torch.tensor([GUIDANCE], device=latents.device)
-        self._graph, self._inputs = None, {"cond": cond, "uncond": uncond, "guidance": guidance}
+        self._graph, self._prompts = None, {"cond": cond, "uncond": uncond}
+        if self._unet is not None:
+            self._inputs = {"context": torch.cat([uncond.expand_as(cond), cond]).to(self._dtype)}
+        elif self.variant.engine:
+            self._inputs = {**self._prompts, "guidance": guidance}
         if self._tuned is not None:
             self._tuned.set_prompts(cond, uncond)
         if self.variant.graph and latents.is_cuda and not self.variant.engine:
@@ -166,10 +177,11 @@ class Denoiser:
         """The whole PNDM loop on the prompts of `bind`: diffusers' pipeline for its own module, else ours."""
         if self._unet is None:
             return sample_guided(self, "pndm", latents, steps=self.settings.sizes.steps)
+        cond, uncond = (self._prompts[name].to(self._dtype) for name in ("cond", "uncond"))
         with self.context():
             return self._pipeline()(
-                prompt_embeds=self._inputs["cond"].to(self._dtype),
-                negative_prompt_embeds=self._inputs["uncond"].to(self._dtype).expand_as(self._inputs["cond"]),
+                prompt_embeds=cond,
+                negative_prompt_embeds=uncond.expand_as(cond),
                 latents=latents.to(self._dtype),
                 num_inference_steps=self.settings.sizes.steps,
                 guidance_scale=GUIDANCE,
@@ -206,30 +218,26 @@ class Denoiser:
             if variant.channels_last:
                 unet = unet.to(memory_format=torch.channels_last)
             self._unet = unet if variant.compile is None else torch.compile(unet, **variant.compile)
-            return self._plain()
+            return self._plain
         tuned = TunedUNet(unet, variant.tuning, GUIDANCE).to_precision(dtype)
         if variant.channels_last:
             tuned = tuned.to(memory_format=torch.channels_last)
         self._tuned = tuned
-        call = tuned if variant.compile is None else torch.compile(tuned, **variant.compile)
-        return lambda latents, timestep, **prompts: call(latents, timestep)
+        return tuned if variant.compile is None else torch.compile(tuned, **variant.compile)
 
-    def _plain(self) -> Any:
-        """diffusers' call with guidance around it, as its pipeline does."""
-        guided, layout = (
-            UNet(self._unet),
-            torch.channels_last if self.variant.channels_last else torch.contiguous_format,
-        )
-
-        def run(latents: Tensor, timestep: Tensor, cond: Tensor, uncond: Tensor, guidance: Tensor) -> Tensor:
-            x, c, u = (
-                latents.to(self._dtype, memory_format=layout),
-                cond.to(self._dtype),
-                uncond.to(self._dtype),
-            )
-            return guided(x, timestep, c, u, guidance)
-
-        return run
+    def _plain(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """The UNet with guidance around it, called just as diffusers' pipeline does."""
+        noise = self._unet(
+            torch.cat([latents.to(self._dtype)] * 2),
+            timestep[0].long(),
+            encoder_hidden_states=context,
+            timestep_cond=None,
+            cross_attention_kwargs=None,
+            added_cond_kwargs=None,
+            return_dict=False,
+        )[0]
+        e_uncond, e_cond = noise.chunk(2)
+        return (e_uncond + GUIDANCE * (e_cond - e_uncond)).float()
 
     def _engine(self, unet: Any) -> Any:
         """What ubgen-export would make of this UNet, and ubgen.runtime runs."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench.gpu_suite.checking import use_built, wait_for_build
-from bench.gpu_suite.processes import context
+from bench.gpu_suite.processes import context, die_with_parent
 from bench.gpu_suite.suite import Settings, reason
 from bench.gpu_suite.variants import Denoiser, Variant, inputs_of
 from ubgen.benchmark import peak_memory
@@ -70,6 +70,7 @@ class Worker:
 
 
 def _serve(pipe: Connection, variant: Variant, settings: Settings) -> None:
+    die_with_parent()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # several compile at the same time
     server = _Server(variant, settings)
     while True:

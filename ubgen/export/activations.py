@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @torch.no_grad()
-def peak_activations(module: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-    """Most bytes that `module(**inputs)` holds at one moment in eager PyTorch, inputs and output included.
+def peak_activations(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[int, Tensor]:
+    """Most bytes that `module(**inputs)` holds at one moment in eager PyTorch, inputs and output included; the output.
 
     All tensors lie on "meta". Attention counts as one operation, as every compiler here has it. A compiler that fuses
     needs less.
@@ -23,8 +23,8 @@ def peak_activations(module: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     with _FusedAttention(), _Tracker() as tracker:
         for tensor in inputs.values():
             tracker.add(tensor)
-        module(**inputs)
-    return tracker.peak
+        output = module(**inputs)
+    return tracker.peak, output
 
 
 class _Tracker(TorchDispatchMode):

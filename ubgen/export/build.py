@@ -1,13 +1,11 @@
 """Build an engine directory: merge, export, compile, compare, and only then finish."""
 
-import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ubgen.classes import load_classes
@@ -15,24 +13,21 @@ from ubgen.config import to_dict
 from ubgen.diffusion import StableDiffusion, load_stable_diffusion, merge_lora
 from ubgen.errors import UserError
 from ubgen.export.chain import ChainRow, Images, compare_chains, run_chain
-from ubgen.export.compilers import COMPILERS
+from ubgen.export.gate import Candidate, open_network, pass_gate
 from ubgen.export.hashes import CACHE, Hashes
 from ubgen.export.inputs import exact_float32, outputs, real_inputs
 from ubgen.export.machine import require_machine
-from ubgen.export.mend import offending_layers
 from ubgen.export.networks import Exportable, clip_networks, qalign_networks, stable_diffusion_networks
-from ubgen.export.parity import ParityRow, check_parity
+from ubgen.export.parity import ParityRow
 from ubgen.export.plan import require_memory
-from ubgen.export.precision import lower, record_calls
 from ubgen.export.report import write_report
 from ubgen.export.sources import engine_parts, lora_file, network_key, weight_directories
 from ubgen.export.spec import EngineSpec, NetworkSpec
 from ubgen.export.store import Built, Store
-from ubgen.manifest import stage_directory
+from ubgen.manifest import read_manifest, stage_directory
 from ubgen.rewards import Clip, QAlign
-from ubgen.runtime import Network, Signature
-from ubgen.runtime.backends import backend
-from ubgen.runtime.key import json_hash
+from ubgen.runtime import Signature
+from ubgen.runtime.key import first_difference, json_hash
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".msgpack", ".h5"}
 Say = Callable[[str], None]
@@ -78,6 +73,8 @@ def export_engine(
     if finished := _finished(Store(out, hashes), key):
         hashes.save()
         return finished
+    if not overwrite:
+        _require_no_other(out, parts)
     require_memory(spec, inputs)
     config = {"spec": spec.content(), "weights": {name: str(path) for name, path in inputs.items()}}
     with stage_directory(out, "export", config, overwrite=overwrite) as stage, exact_float32():
@@ -101,6 +98,18 @@ def _finished(store: Store, key: str) -> Exported | None:
         return None
     rows = [ParityRow.from_dict(row) for row in manifest["parity"]]
     return Exported(store.out, key, rows, ChainRow.from_dict(manifest["chain"]), built=False)
+
+
+def _require_no_other(out: Path, parts: Mapping[str, Any]) -> None:
+    """UserError naming what differs when `out` is finished with another engine."""
+    try:
+        there = read_manifest(out, "export")["engine"]["parts"]
+    except (UserError, KeyError, TypeError):  # nothing, or nothing of ours: the stage directory says it
+        return
+    if difference := first_difference(there, parts):
+        raise UserError(
+            f"{out} holds another engine: {difference}; choose another --out, or pass --overwrite"
+        )
 
 
 class _Build:
@@ -146,83 +155,50 @@ class _Build:
         return sd
 
     def _network(self, name: str, network: Exportable) -> ParityRow:
-        """Found or compiled, mended where need be, and proven."""
-        spec: NetworkSpec = getattr(self.spec.networks, name)
-        key = network_key(name, self.spec, self.parts, self.inputs, self.store.hash_of)
+        """Found or compiled, and proven."""
+        spec = getattr(self.spec.networks, name)
         self.say(f"{name}: running PyTorch")
         expected = outputs(network, self.spec.device)
         self._expected[name] = expected[0]
-        signature = network.signature(spec.batch, expected[0])
-        built = self.store.find(name, key)
-        row = self._check(name, built, network, expected, signature) if built else None
+        candidate = Candidate(name, network, expected, spec, self.spec.device)
+        built = self.store.find(
+            name, network_key(name, self.spec, self.parts, self.inputs, self.store.hash_of)
+        )
+        row = self._check_again(candidate, built) if built else None
         if built is None or row is None or not row.passed:
-            fresh = Built(key, _entry(spec, signature), spec.keep_float32)
-            built, row = self._compile(name, fresh, network, expected, signature)
+            built, row = self._compile(candidate)
         self.entries[name] = built.entry
         return row
 
-    def _compile(
-        self, name: str, built: Built, network: Exportable, expected: list[Tensor], signature: Signature
-    ) -> tuple[Built, ParityRow]:
-        spec: NetworkSpec = getattr(self.spec.networks, name)
-        with self.store.staging() as staging:
-            row, files = self._try(name, built, network, expected, signature, staging)
-            if not row.passed and spec.precision != "float32":
-                self.say(f"{name}: error {row.error:.1e} in {spec.precision}; looking for the layers")
-                more = offending_layers(network, expected, spec, self.spec.device, self.say)
-                if more:
-                    built = replace(built, kept_float32=(*spec.keep_float32, *more), error_without=row.error)
-                    row, files = self._try(name, built, network, expected, signature, staging)
-            if not row.passed:
-                raise UserError(_missed(row, self.store.out))
-            return self.store.add(name, built, files), row
-
-    def _try(
-        self,
-        name: str,
-        built: Built,
-        network: Exportable,
-        expected: list[Tensor],
-        signature: Signature,
-        staging: Path,
-    ) -> tuple[ParityRow, list[Path]]:
-        """Compile into `staging`, and how far the result is from PyTorch."""
-        spec = replace(getattr(self.spec.networks, name), keep_float32=built.kept_float32)
-        device = self.spec.device
-        self.say(f"{name}: compiling with {spec.compiler} in {spec.precision}")
-        calls = record_calls(network.module, network.example(spec.batch)) if spec.keep_float32 else None
-        lowered = lower(network.module, spec.precision, spec.keep_float32, calls, device)
-        inputs = [{n: t.to(device) for n, t in given.items()} for given in network.inputs]
-        exportable = replace(network, module=lowered, inputs=inputs)
-        files = COMPILERS[spec.compiler](exportable, spec, staging / name, device, self.say).files
-        del lowered, exportable
-        _free(device)
-        built = replace(built, entry={**built.entry, "file": files[0].name})
-        return self._check(name, built, network, expected, signature, staging), files
-
-    def _check(
-        self,
-        name: str,
-        built: Built,
-        network: Exportable,
-        expected: list[Tensor],
-        signature: Signature,
-        directory: Path | None = None,
-    ) -> ParityRow:
-        spec: NetworkSpec = getattr(self.spec.networks, name)
-        self.say(f"{name}: comparing with PyTorch")
-        engine = self._load(name, built.entry, directory or self.store.out)
-        row = check_parity(name, engine, network, expected, spec)
+    def _check_again(self, candidate: Candidate, built: Built) -> ParityRow:
+        self.say(f"{candidate.name}: is here; comparing with PyTorch")
+        row = candidate.check(self.store.out / built.entry["file"])
         return replace(row, kept_float32=built.kept_float32, error_without=built.error_without)
 
-    def _load(self, name: str, entry: Mapping[str, Any], directory: Path) -> Network:
-        load = backend(entry["compiler"]).load
-        signature, threads = Signature.from_dict(entry["signature"]), torch.get_num_threads()
-        return load(name, directory / entry["file"], signature, self.spec.device, threads, entry["options"])
+    def _compile(self, candidate: Candidate) -> tuple[Built, ParityRow]:
+        name, spec, signature = candidate.name, candidate.spec, candidate.signature
+        with self.store.staging() as staging:
+            try:
+                row, files = pass_gate(candidate, staging, self.say)
+            except UserError as error:
+                raise UserError(f"{error}; {self.store.out} stays unfinished") from error
+            key = network_key(name, self.spec, self.parts, self.inputs, self.store.hash_of)
+            built = Built(key, _entry(spec, signature), row.kept_float32, row.error_without)
+            return self.store.add(name, built, files), row
 
     def _chain(self) -> tuple[ChainRow, Images, Images]:
         self.say("comparing the finished chain with PyTorch's")
-        engines = {name: self._load(name, entry, self.store.out) for name, entry in self.entries.items()}
+        specs = dict(self.spec.networks.items())
+        engines = {
+            name: open_network(
+                name,
+                self.store.out / entry["file"],
+                Signature.from_dict(entry["signature"]),
+                specs[name],
+                self.spec.device,
+            )
+            for name, entry in self.entries.items()
+        }
         ours = run_chain(engines, self._real, self._tokens, self.spec.parity)
         expected = self._expected
         reference = Images.of(
@@ -238,20 +214,6 @@ def _entry(spec: NetworkSpec, signature: Signature) -> dict[str, Any]:
         "options": to_dict(spec.options),
         "signature": signature.to_dict(),
     }
-
-
-def _missed(row: ParityRow, out: Path) -> str:
-    kept = f" even with {', '.join(row.kept_float32)} in float32" if row.error_without is not None else ""
-    return (
-        f"{row.network}: the engine differs from PyTorch by {row.error:.2e}{kept}, more than the spec's tolerance "
-        f"{row.tolerance:.2e}; {out} stays unfinished"
-    )
-
-
-def _free(device: str) -> None:
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.empty_cache()
 
 
 def _copy_extras(inputs: Mapping[str, Path], out: Path) -> None:

@@ -16,7 +16,9 @@ def why_not(spec: EngineSpec) -> str | None:
     """The first reason why this machine can't build `spec`; None when it can, as far as its memory suffices."""
     if spec.device == "cuda" and not (cuda := probes.torch_cuda()).available:
         return f"{cuda.name}: {cuda.detail}"
-    answers = (_probe(network, spec.device) for _, network in spec.networks.items())
+    answers = [_probe(network, spec.device) for _, network in spec.networks.items()]
+    if any(network.precision == "float8" for _, network in spec.networks.items()):
+        answers.append(probes.modelopt())
     return next((f"{answer.name}: {answer.detail}" for answer in answers if not answer.available), None)
 
 

@@ -102,7 +102,8 @@ def compute_equal_rows_once(graph: ir.Graph) -> None:
         if first is not None and node.op_type == "Concat" and list(node.inputs) == [first, first]:
             if _axis(node, output) == 0:
                 half[output] = first
-        elif first is not None and node.op_type == "Expand" and first.shape == output.shape is not None:
+        elif node.op_type == "Expand" and _same_shape(first, output):
+            assert first is not None
             ir.convenience.replace_all_uses_with(output, first)
         elif any(value in half for value in node.inputs) and _keeps_rows_apart(node, half):
             _compute_half(graph, node, half)
@@ -188,4 +189,14 @@ def _splits_last_axis(x: Any, y: Any) -> bool:
     if x.shape is None or y.shape is None or (x.shape.rank(), y.shape.rank()) != (3, 4):
         return False
     heads, width = y.shape[2:]
-    return isinstance(width, int) and x.shape[1] == y.shape[1] and x.shape[2] == heads * width
+    return isinstance(width, int) and _same_size(x.shape[1], y.shape[1]) and x.shape[2] == heads * width
+
+
+def _same_shape(x: Any, y: Any) -> bool:
+    if x is None or x.shape is None or y.shape is None or x.shape.rank() != y.shape.rank():
+        return False
+    return all(_same_size(a, b) for a, b in zip(x.shape, y.shape, strict=True))
+
+
+def _same_size(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
+    return a == b and (isinstance(a, int) or a.value is not None)  # two unknown sizes are not the same

@@ -133,15 +133,16 @@ def _plan(name: str, network: Exportable, spec: NetworkSpec) -> NetworkPlan:
     full = {
         n: _rows(t, spec.batch.max) if n not in network.constant else t for n, t in network.inputs[0].items()
     }
-    bits = 8 if spec.precision == "float8" else None
+    peak, output = peak_activations(lowered, full)
+    size = _size(lowered)
     return NetworkPlan(
         name,
         spec,
         parameters=sum(parameter.numel() for parameter in network.module.parameters()),
         float32_bytes=_size(network.module),
-        weight_bytes=_size(lowered) if bits is None else _size(lowered) // 2,
-        activation_bytes=peak_activations(lowered, full),
-        signature=network.signature(spec.batch),
+        weight_bytes=size // 2 if spec.precision == "float8" else size,  # the lowered copy is in float16
+        activation_bytes=peak,
+        signature=network.signature(spec.batch, output),
         network=network,
     )
 

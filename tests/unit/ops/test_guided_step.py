@@ -1,37 +1,33 @@
 """The fused operation: the native library equals the reference bit for bit, and torch knows all about it."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ubgen.ops import guided_step, native_status, reference
+from ubgen.ops import guided_step, reference
 
-A, B, GUIDANCE = 1.1189641, -0.11945176, 2.0
+A, B, GUIDANCE, S = 1.1189641, -0.11945176, 2.0, 0.37
 ADAMS_BASHFORTH = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def inputs(shape, depth, *, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    x, uncond, cond, *history = (
-        torch.randn(shape, generator=generator, dtype=dtype) for _ in range(3 + depth)
-    )
+    x, uncond, cond, *history = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3 + depth))
     return x, uncond, cond, history, A, B, GUIDANCE, ADAMS_BASHFORTH[depth]
+
+
+def operands(shape, depth, *, guided=True, noisy=True):
+    """In the order of the operator itself."""
+    x, uncond, cond, history, a, b, guidance, weights = inputs(shape, depth)
+    noise = torch.randn(shape) if noisy else None
+    return x, uncond, (cond if guided else None), history, noise, a, b, guidance, S, weights
 
 
 def assert_same_bits(got, wanted):
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-def needs_native():
-    available, reason = native_status()
-    if not available:
-        pytest.skip(reason)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3])
@@ -47,28 +43,52 @@ def test_follows_the_formula(depth):
 @given(
     shape=st.lists(st.integers(0, 37), min_size=0, max_size=4),
     depth=st.integers(0, 3),
+    dtype=st.sampled_from(DTYPES),
+    guided=st.booleans(),
+    noisy=st.booleans(),
     guidance=st.floats(-10, 10),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=150, deadline=None)
-def test_native_equals_the_reference_bit_for_bit_in_every_shape(shape, depth, guidance, seed):
-    needs_native()
-    x, uncond, cond, history, a, b, _, weights = inputs(shape, depth, seed=seed)
-    arguments = (x, uncond, cond, history, a, b, guidance, weights)
-    assert_same_bits(guided_step(*arguments), reference.guided_step(*arguments))
+def test_native_equals_the_reference_bit_for_bit_in_every_shape(
+    native, shape, depth, dtype, guided, noisy, guidance, seed
+):
+    x, uncond, cond, history, a, b, _, weights = inputs(shape, depth, dtype=dtype, seed=seed)
+    rest = (cond if guided else None, history, a, b, guidance, weights)
+    noise = {"noise": torch.randn(shape).to(dtype), "s": S} if noisy else {}
+    assert_same_bits(guided_step(x, uncond, *rest, **noise), reference.guided_step(x, uncond, *rest, **noise))
 
 
 @pytest.mark.parametrize("size", [16383, 16384, 16385, 3 * 16384 + 5, 200_001])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_every_block_boundary_on_every_thread_count(size, threads):
-    needs_native()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        arguments = inputs((size,), 3)
-        assert_same_bits(guided_step(*arguments), reference.guided_step(*arguments))
-    finally:
-        torch.set_num_threads(before)
+def test_every_block_boundary_on_every_thread_count(native, threads, size):
+    arguments = inputs((size,), 3)
+    assert_same_bits(guided_step(*arguments), reference.guided_step(*arguments))
+
+
+def test_a_network_with_guidance_inside_gets_its_output_back():
+    x, e, _, history, a, b, _, weights = inputs((2, 4, 8, 8), 2)
+    x_next, same = guided_step(x, e, None, history, a, b, 7.5, weights)
+    assert same is e
+    wanted, _ = guided_step(x, e, e, history, a, b, 1.0, weights)  # e + 1 * (e - e) is e
+    assert_same_bits([x_next], [wanted])
+
+
+def test_the_noise_of_ddpm_has_its_own_coefficient():
+    x, uncond, cond, *_ = inputs((2, 4, 8, 8), 0)
+    noise = torch.randn(2, 4, 8, 8)
+    quiet, e = guided_step(x, uncond, cond, [], A, B, GUIDANCE, [1.0])
+    got = guided_step(x, uncond, cond, [], A, B, GUIDANCE, [1.0], noise=noise, s=S)
+    assert_same_bits(got, (quiet + S * noise, e))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype):
+    arguments = inputs((2, 4, 8, 8), 3, dtype=dtype)
+    x, uncond, cond, history, *rest = arguments
+    wide = guided_step(x.double(), uncond.double(), cond.double(), [h.double() for h in history], *rest)
+    for got, wanted in zip(guided_step(*arguments), wide, strict=True):
+        spacing = torch.finfo(dtype).eps * wanted.abs()
+        assert ((got.double() - wanted).abs() <= 0.5 * spacing + 2e-6).all()
 
 
 @pytest.mark.parametrize(
@@ -107,29 +127,31 @@ def test_inputs_are_left_alone():
     assert_same_bits([*arguments[:3], *arguments[3]], copies)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_other_dtypes_run_on_the_reference(dtype):
-    arguments = inputs((2, 4, 4, 4), 2, dtype=dtype)
+def test_float64_runs_on_the_reference():
+    arguments = inputs((2, 4, 4, 4), 2, dtype=torch.float64)
     got = guided_step(*arguments)
-    assert all(tensor.dtype == dtype for tensor in got)
+    assert all(tensor.dtype == torch.float64 for tensor in got)
     assert_same_bits(got, reference.guided_step(*arguments))
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
-def test_opcheck(depth):
-    x, uncond, cond, history, *rest = inputs((2, 3, 5), depth)
-    for tensor in (x, uncond, cond, *history):
-        tensor.requires_grad_()
-    torch.library.opcheck(torch.ops.ubgen.guided_step.default, (x, uncond, cond, history, *rest))
+@pytest.mark.parametrize(("depth", "guided", "noisy"), [(0, True, False), (1, True, True), (3, False, False)])
+def test_opcheck(depth, guided, noisy):
+    tensors = operands((2, 3, 5), depth, guided=guided, noisy=noisy)
+    for tensor in (*tensors[:3], *tensors[3], tensors[4]):
+        if tensor is not None:
+            tensor.requires_grad_()
+    torch.library.opcheck(torch.ops.ubgen.guided_step.default, tensors)
 
 
-@pytest.mark.parametrize("depth", [0, 2])
-def test_gradient_equals_finite_differences(depth):
+@pytest.mark.parametrize(("depth", "guided"), [(0, True), (2, True), (1, False)])
+def test_gradient_equals_finite_differences(depth, guided):
     x, uncond, cond, history, *rest = inputs((3, 4), depth, dtype=torch.float64)
-    tensors = [t.requires_grad_() for t in (x, uncond, cond, *history)]
+    noise = torch.randn(3, 4, dtype=torch.float64)
+    tensors = [t.requires_grad_() for t in (x, uncond, cond, noise, *history)]
 
-    def step(x, uncond, cond, *history):
-        return guided_step(x, uncond, cond, list(history), *rest)
+    def step(x, uncond, cond, noise, *history):
+        x_next, e = guided_step(x, uncond, cond if guided else None, list(history), *rest, noise=noise, s=S)
+        return x_next + (0 if guided else 0 * cond), e  # gradcheck wants every input used
 
     assert torch.autograd.gradcheck(step, tensors)
 
@@ -144,6 +166,7 @@ def test_compiles_without_a_graph_break():
     ("change", "message"),
     [
         ({1: torch.zeros(2, 3)}, "all tensors must be like x"),
+        ({3: [torch.zeros(4)]}, "all tensors must be like x"),
         ({2: torch.zeros(2, 4, dtype=torch.float64)}, "all tensors must be like x"),
         ({3: []}, "need 1 weights, not 2"),
         ({3: [torch.zeros(2, 4)] * 4, 7: [1.0] * 5}, "at most 3"),
@@ -155,19 +178,3 @@ def test_refuses_what_does_not_fit(change, message):
         arguments[index] = value
     with pytest.raises(ValueError, match=message):
         guided_step(*arguments)
-
-
-def test_without_the_library_the_reference_runs():
-    program = (
-        "import torch; from ubgen.ops import guided_step, native_status\n"
-        "print(native_status())\n"
-        "print(guided_step(*[torch.ones(3)] * 3, [], 1.0, 2.0, 2.0, [1.0])[0].tolist())"
-    )
-    environment = {**os.environ, "UBGEN_DISABLE_NATIVE": "1"}
-    answer = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
-    assert answer.stdout.splitlines() == [
-        "(False, 'switched off by UBGEN_DISABLE_NATIVE')",
-        "[3.0, 3.0, 3.0]",
-    ]

@@ -1,0 +1,399 @@
+"""An SD1.5-size UNet on the CPU: eager PyTorch against ONNX Runtime and AOTInductor, and the miniature's whole loop.
+
+    python bench/unet_cpu.py [--small] [--work DIR] [--out DIR]
+
+Every comparison is one process in which the sides take turns; every figure of memory comes from a process of its own.
+Random weights, all tensors distinct; one image, which guidance makes two rows. Prints tables and writes them to OUT as
+unet-cpu.json and unet-cpu.md. Graphs and packages are kept in WORK and used again by a later run; the full size takes
+about half an hour and 14 GB of memory, `--small` some seconds and no AOTInductor.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ubgen.benchmark import Table, machine_record, peak_memory
+from ubgen.benchmark.machine import describe
+from ubgen.benchmark.memory import resident
+from ubgen.export.networks import Exportable, UNet
+from ubgen.export.spec import BatchRange, NetworkSpec, Options
+from ubgen.runtime import Network, Signature
+from ubgen.runtime.backends import backend
+
+SD15 = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SMALL = {
+    "sample_size": 8,
+    "block_out_channels": (32,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+BATCH = BatchRange(1, 1, 4)
+GIB = 2**30
+PROMPT = 77
+
+# the sides beside eager PyTorch: how each graph or package is made
+PLAIN = {"ort opset 20, plain": 20, "ort opset 23, plain": 23}
+STEPS = {
+    "ort 23 + attention": ("attention",),
+    "ort 23 + attention, group norm": ("attention", "norm"),
+}
+ENGINE = "onnxruntime"  # as ubgen-export makes it: both, and equal rows once
+PACKAGES = {"aotinductor, not frozen": False, "aotinductor": True}
+
+
+def unet(config: Mapping[str, Any]) -> torch.nn.Module:
+    """Random, in eval mode; norms and biases are drawn too, since equal tensors would be stored once."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(in_channels=4, out_channels=4, **config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+    return model
+
+
+def inputs(config: Mapping[str, Any], images: int = 1) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    size, width = config["sample_size"], config["cross_attention_dim"]
+    return {
+        "latents": torch.randn(images, 4, size, size, generator=generator),
+        "timestep": torch.full((images,), 501.0),
+        "cond": torch.randn(images, PROMPT, width, generator=generator),
+        "uncond": torch.randn(1, PROMPT, width, generator=generator),
+        "guidance": torch.tensor([2.0]),
+    }
+
+
+def exportable(config: Mapping[str, Any]) -> Exportable:
+    network = UNet(unet(config)).eval()
+    return Exportable(network, [inputs(config, 2)], "noise", frozenset({"uncond", "guidance"}))
+
+
+class Bench:
+    """Where things are kept, and how large the network is. Its methods run in processes of their own."""
+
+    def __init__(self, work: Path, small: bool, rounds: int) -> None:
+        self.work, self.small, self.rounds = work, small, rounds
+        self.config = SMALL if small else SD15
+
+    def export(self, side: str) -> dict[str, Any]:
+        """Make the file of one side, as `ubgen-export` does it for a network."""
+        if side in STEPS:
+            return _apply(STEPS[side], self.file("ort opset 23, plain"), self.file(side))
+        from ubgen.export.compilers import COMPILERS
+
+        network, spec = exportable(self.config), self.spec(side)
+        start = time.perf_counter()
+        stem = self.work / _stem(side)
+        COMPILERS[spec.compiler](network, spec, stem, "cpu", lambda line: None)
+        signature = network.signature(BATCH)
+        (self.work / "signature.json").write_text(json.dumps(signature.to_dict()), encoding="utf-8")
+        return {"seconds": time.perf_counter() - start}
+
+    def spec(self, side: str) -> NetworkSpec:
+        if side in PACKAGES:
+            options = Options(freeze=PACKAGES[side], max_autotune=False)
+            return NetworkSpec(BATCH, 1e-4, compiler="aotinductor", options=options)
+        # the graph for a GPU is the plain one
+        options = Options(provider="cuda" if side in PLAIN else "cpu")
+        return NetworkSpec(BATCH, 1e-4, opset=PLAIN.get(side, 23), options=options)
+
+    def file(self, side: str) -> Path:
+        return self.work / f"{_stem(side)}.{'pt2' if side in PACKAGES else 'onnx'}"
+
+    def open(self, side: str) -> Network:
+        signature = Signature.from_dict(json.loads((self.work / "signature.json").read_text("utf-8")))
+        name = "aotinductor" if side in PACKAGES else "onnxruntime"
+        return backend(name).load("unet", self.file(side), signature, "cpu", torch.get_num_threads(), {})
+
+    @torch.no_grad()
+    def speed(self, side: str) -> dict[str, Any]:
+        """Eager PyTorch and one side, in turns."""
+        given, eager = inputs(self.config), UNet(unet(self.config)).eval()
+        network = self.open(side)
+        reference, ours = eager(**given), network.run(given)["noise"]
+        times = take_turns({"eager": lambda: eager(**given), "side": lambda: network.run(given)}, self.rounds)
+        error = float((ours - reference).abs().max() / reference.abs().max())
+        return {**ratios(times), "error": error}
+
+    @torch.no_grad()
+    def memory(self, side: str) -> dict[str, Any]:
+        """Bytes that a process holds at most while it runs the network, beyond what the libraries take."""
+        given, weights = inputs(self.config), 0
+        _import_all()
+        with peak_memory() as load:
+            if side == "eager":
+                module = UNet(unet(self.config)).eval()
+                weights = sum(p.numel() * p.element_size() for p in module.parameters())
+                call: Callable[[], object] = lambda: module(**given)  # noqa: E731
+            else:
+                network = self.open(side)
+                call = lambda: network.run(given)  # noqa: E731
+        with peak_memory() as run:
+            for _ in range(3):
+                call()
+        return {"weights": weights, "load": load.extra, "run": run.peak - load.held, "activations": run.extra}
+
+    @torch.no_grad()
+    def loop(self) -> dict[str, Any]:
+        """PNDM's whole loop: diffusers' pipeline, and ours on a compiled UNet."""
+        from diffusers import StableDiffusionPipeline
+
+        from ubgen.diffusion import load_stable_diffusion, sample_guided, with_sampler
+        from ubgen.runtime import run_rows
+
+        if self.small:
+            images, steps, engines = 2, 3, {"unet": self.open(ENGINE)}
+            model, noise_schedule = unet(self.config), _sd15_schedule()
+        else:
+            images, steps, engines = 16, 50, self._miniature()
+            sd = load_stable_diffusion("ubgen:miniature/weights/stable-diffusion")
+            model, noise_schedule = sd.unet, sd.scheduler
+        scheduler = with_sampler(noise_schedule, "pndm")
+        channels, size = model.config.in_channels, model.config.sample_size
+        length, width = engines["unet"].signature.inputs[2].shape[1:]
+        generator = torch.Generator().manual_seed(3)
+        latents = torch.randn(images, channels, size, size, generator=generator)
+        cond, uncond = (torch.randn(rows, length, width, generator=generator) for rows in (images, 1))
+        pipeline = StableDiffusionPipeline(
+            None, None, None, model, scheduler, None, None, requires_safety_checker=False
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        prompts = {"cond": cond, "uncond": uncond, "guidance": torch.tensor([2.0])}
+
+        def diffusers() -> Tensor:
+            return pipeline(
+                prompt_embeds=cond,
+                negative_prompt_embeds=uncond.expand_as(cond),
+                latents=latents,
+                num_inference_steps=steps,
+                guidance_scale=2.0,
+                output_type="latent",
+            ).images
+
+        def predict(x: Tensor, timestep: Tensor) -> Tensor:
+            return run_rows(engines["unet"], {"latents": x, "timestep": timestep, **prompts})["noise"]
+
+        def ours() -> Tensor:
+            return sample_guided(predict, scheduler, latents, steps=steps)
+
+        reference = diffusers()
+        error = float((ours() - reference).abs().max() / reference.abs().max())
+        times = take_turns({"eager": diffusers, "side": ours}, max(self.rounds, 3))
+        return {**ratios(times), "error": error, "images": images, "steps": steps}
+
+    def _miniature(self) -> Any:
+        from ubgen.export import export_engine, load_spec
+        from ubgen.runtime import load
+
+        directory = self.work / "miniature-engine"
+        export_engine(load_spec("miniature"), directory, overwrite=True)
+        return load(directory)
+
+
+def _apply(names: tuple[str, ...], source: Path, target: Path) -> dict[str, Any]:
+    """Some of the passes alone on a plain graph; the weights stay where they are."""
+    import onnx_ir
+    from onnxscript.rewriter import rewrite
+
+    from ubgen.export.onnx_passes import FuseAttention, LowerGroupNorm
+
+    rules = {"attention": FuseAttention, "norm": LowerGroupNorm}
+    model = onnx_ir.load(source)
+    rewrite(model, pattern_rewrite_rules=[rules[name].rule() for name in names])
+    onnx_ir.save(model, target)
+    return {"seconds": 0.0}
+
+
+def take_turns(
+    sides: Mapping[str, Callable[[], object]], rounds: int
+) -> dict[str, list[tuple[float, float]]]:
+    """(wall, CPU) seconds of every call, after one that does not count; on a busy machine the CPU's are steadier."""
+    for call in sides.values():
+        call()
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, call in sides.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return times
+
+
+def ratios(times: Mapping[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    """Medians of both sides, and how many times faster "side" is than "eager"."""
+    wall = {name: statistics.median(t[0] for t in ts) for name, ts in times.items()}
+    cpu = {name: statistics.median(t[1] for t in ts) for name, ts in times.items()}
+    return {
+        "wall": wall,
+        "cpu": cpu,
+        "faster": wall["eager"] / wall["side"],
+        "faster_cpu": cpu["eager"] / cpu["side"],
+        "times": {name: [[round(x, 4) for x in t] for t in ts] for name, ts in times.items()},
+    }
+
+
+def isolated(threads: int, method: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """The result of a call in a new process, and that process's largest resident memory, "peak"."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        1, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        result = pool.submit(method, *arguments).result()
+        return result | {"peak": pool.submit(resident).result()}
+
+
+def measure(bench: Bench, threads: int, with_aotinductor: bool) -> dict[str, Any]:
+    """Every figure; progress goes to stderr."""
+    sides = [*PLAIN, *STEPS, ENGINE] if not bench.small else ["ort opset 23, plain", ENGINE]
+    sides += PACKAGES if with_aotinductor else ()
+    result: dict[str, Any] = {"built": {}, "speed": {}, "memory": {}}
+    for side in sides:
+        say(f"making {side}")
+        result["built"][side] = _once(bench, threads, side)
+    for side in sides:
+        say(f"timing {side}")
+        result["speed"][side] = isolated(threads, bench.speed, side)
+    for side in ("eager", ENGINE, *(["aotinductor"] if with_aotinductor else [])):
+        say(f"memory of {side}")
+        result["memory"][side] = isolated(threads, bench.memory, side)
+    say("the loop")
+    result["loop"] = isolated(threads, bench.loop)
+    return result
+
+
+def _once(bench: Bench, threads: int, side: str) -> dict[str, Any]:
+    """What making it took, from the earlier run that left it in WORK where there was one."""
+    record = bench.work / f"{_stem(side)}.json"
+    if not (record.exists() and bench.file(side).exists()):
+        record.write_text(json.dumps(isolated(threads, bench.export, side)), encoding="utf-8")
+    return json.loads(record.read_text("utf-8"))
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    speed = Table(
+        "One call of the UNet",
+        ("side", "eager, s", "side, s", "times as fast", "by CPU time", "error", "made in, s", "with, GiB"),
+        text_columns=1,
+    )
+    for side, row in result["speed"].items():
+        built = result["built"][side]
+        speed.rows.append(
+            (
+                side,
+                f"{row['wall']['eager']:.3g}",
+                f"{row['wall']['side']:.3g}",
+                f"{row['faster']:.2f}",
+                f"{row['faster_cpu']:.2f}",
+                f"{row['error']:.1e}",
+                f"{built['seconds']:.0f}" if built["seconds"] else "",
+                f"{built['peak'] / GIB:.1f}" if built["seconds"] else "",
+            )
+        )
+    memory = Table(
+        "Memory beside the libraries', GiB",
+        ("side", "weights", "most while loading", "most while running", "of eager's"),
+        text_columns=1,
+    )
+    eager = result["memory"]["eager"]
+    needed = eager["weights"] + eager["activations"]
+    for side, row in result["memory"].items():
+        cells = (f"{row[key] / GIB:.2f}" for key in ("weights", "load", "run"))
+        ratio = needed if side == "eager" else row["run"]
+        memory.rows.append((side, *cells, f"{ratio / needed:.2f}"))
+    memory.note = "The last column: against eager's weights and activations."
+    row = result["loop"]
+    loop = Table(
+        f"PNDM loop: {row['images']} images, {row['steps']} steps",
+        ("side", "s", "CPU s", "times as fast", "by CPU time", "error"),
+        text_columns=1,
+    )
+    loop.rows.append(
+        ("eager diffusers", f"{row['wall']['eager']:.3g}", f"{row['cpu']['eager']:.3g}", "", "", "")
+    )
+    loop.rows.append(
+        (
+            "engine, ONNX Runtime",
+            f"{row['wall']['side']:.3g}",
+            f"{row['cpu']['side']:.3g}",
+            f"{row['faster']:.2f}",
+            f"{row['faster_cpu']:.2f}",
+            f"{row['error']:.1e}",
+        )
+    )
+    return [speed, memory, loop]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--small", action="store_true", help="a tiny network, to see that all of it works")
+    parser.add_argument("--work", type=Path, help="where graphs and packages are kept (default: thrown away)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-aotinductor", action="store_true", help="it takes a C++ compiler and minutes")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ubgen-unet-cpu-") as scratch:
+        work = given.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        bench = Bench(work.resolve(), given.small, given.rounds)
+        result = measure(bench, given.threads, not (given.small or given.no_aotinductor))
+    torch.set_num_threads(given.threads)
+    machine = machine_record()
+    text = "# UNet on the CPU\n\n" + "\n".join(table.markdown() for table in tables(result))
+    text += f"\n{describe(machine)}. Medians of {given.rounds} calls; the sides take turns in one process.\n"
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "unet-cpu.json").write_text(json.dumps({"machine": machine, **result}, indent=2) + "\n")
+    (given.out / "unet-cpu.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _stem(side: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in side)
+
+
+def _sd15_schedule() -> Any:
+    from diffusers import PNDMScheduler
+
+    return PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+
+
+def _import_all() -> None:
+    """What either side imports, so that libraries do not count as the network's memory."""
+    import diffusers.models.unets.unet_2d_condition  # noqa: F401
+    import onnxruntime  # noqa: F401
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""The ONNX graph of a network, and the passes that fit it to ONNX Runtime's CPU kernels."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from onnx import parser
+from torch import Tensor
+
+from ubgen.diffusion import load_stable_diffusion
+from ubgen.export.networks import Exportable, UNet
+from ubgen.export.onnx import export_onnx
+from ubgen.export.onnx_passes import compute_equal_rows_once, fit_cpu
+from ubgen.export.spec import BatchRange, NetworkSpec, Options
+
+RTOL = 1e-5  # of the largest value
+BATCH = BatchRange(1, 2, 8)
+
+
+def random_unet() -> UNet2DConditionModel:
+    """SD1.x's blocks at one resolution; every norm and bias drawn too, since equal tensors are stored once."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    for parameter in unet.requires_grad_(False).parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+    return unet
+
+
+def draw(unet: UNet2DConditionModel, rows: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    config = unet.config
+    context = torch.randn(rows + 1, 7, config.cross_attention_dim, generator=generator)
+    size = config.sample_size
+    return {
+        "latents": torch.randn(rows, config.in_channels, size, size, generator=generator),
+        "timestep": torch.randint(0, 1000, (rows,), generator=generator).float(),
+        "cond": context[:rows],
+        "uncond": context[rows:],
+        "guidance": torch.tensor([2.0]),
+    }
+
+
+def export(unet: UNet2DConditionModel, path: Path, options: Options) -> Path:
+    network = Exportable(UNet(unet).eval(), [draw(unet, 2)], "noise", frozenset({"uncond", "guidance"}))
+    return export_onnx(network, NetworkSpec(BATCH, RTOL, opset=23, options=options), path)[0]
+
+
+def run(model: Path | bytes, inputs: Mapping[str, Tensor]) -> Tensor:
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
+
+
+def assert_equal_to_pytorch(file: Path, unet: UNet2DConditionModel) -> None:
+    for rows in (1, 2, 5, 8):
+        given = draw(unet, rows)
+        with torch.no_grad():
+            expected = UNet(unet).eval()(**given)
+        torch.testing.assert_close(
+            run(file, given), expected, rtol=0, atol=RTOL * float(expected.abs().max())
+        )
+
+
+def operators(model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph)
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DConditionModel:
+    return random_unet()
+
+
+@pytest.fixture(scope="module")
+def standard(unet, tmp_path_factory) -> Path:
+    return export(unet, tmp_path_factory.mktemp("gpu") / "unet.onnx", Options(provider="cuda"))
+
+
+@pytest.fixture(scope="module")
+def fitted(standard, tmp_path_factory) -> ir.Model:
+    model = ir.load(standard)
+    fit_cpu(model)
+    return model
+
+
+def test_the_graph_for_a_gpu_is_standard_onnx(standard, unet):
+    model = onnx.load(standard)
+    assert {entry.domain for entry in model.opset_import} == {""}
+    assert operators(ir.from_proto(model))["Attention"] == 6
+    assert_equal_to_pytorch(standard, unet)
+
+
+def test_the_graph_for_the_cpu_equals_pytorch_at_every_batch(fitted, unet, tmp_path):
+    ir.save(fitted, tmp_path / "fitted.onnx")
+    assert_equal_to_pytorch(tmp_path / "fitted.onnx", unet)
+
+
+def test_attention_and_group_norm_become_operators_with_kernels(fitted, standard, unet):
+    before, after = operators(ir.load(standard)), operators(fitted)
+    attentions = len(unet.attn_processors)
+    norms = sum(isinstance(module, torch.nn.GroupNorm) for module in unet.modules())
+    assert (before["Attention"], before["GroupNormalization"]) == (attentions, norms)
+    assert (after["MultiHeadAttention"], after["InstanceNormalization"]) == (attentions, norms)
+    assert not after.keys() & {"Attention", "GroupNormalization", "Softmax"}
+    # what is left goes into and out of each of the three transformers
+    assert after["Transpose"] == 2 * 3
+
+
+def test_what_guidance_shares_is_computed_for_one_row_of_each_image(fitted):
+    rows = Counter(
+        str(node.outputs[0].shape[0]) for node in fitted.graph if node.op_type == "MultiHeadAttention"
+    )
+    assert rows == {"batch": 1, "2*batch": 5}  # the self-attention before the first cross-attention
+    first = next(node for node in fitted.graph if node.op_type == "Conv")
+    assert str(first.outputs[0].shape[0]) == "batch"
+
+
+def test_inputs_outputs_and_weights_keep_their_names(fitted, standard):
+    before = ir.load(standard).graph
+    assert [v.name for v in fitted.graph.inputs] == [v.name for v in before.inputs]
+    assert [v.name for v in fitted.graph.outputs] == [v.name for v in before.outputs]
+    matrices = {name for name, value in before.initializers.items() if value.shape.rank() > 1}
+    assert matrices <= fitted.graph.initializers.keys()
+
+
+def test_the_miniature_exports_for_the_cpu_and_equals_pytorch(tmp_path):
+    unet = load_stable_diffusion("ubgen:miniature/weights/stable-diffusion").unet
+    file = export(unet, tmp_path / "unet.onnx", Options())
+    count = operators(ir.load(file))
+    assert count["MultiHeadAttention"] == len(unet.attn_processors)
+    assert not count.keys() & {"Attention", "GroupNormalization", "Softmax"}
+    assert b"site-packages" not in file.read_bytes()  # no traces of where it was made
+    assert_equal_to_pytorch(file, unet)
+
+
+def attention_model(attributes: str = "", mask: str = "") -> onnx.ModelProto:
+    """Heads split, attention, heads merged, as the exporter writes them."""
+    text = f"""
+    <ir_version: 10, opset_import: ["": 23]>
+    main (float[b,6,16] q, float[b,6,16] k, float[b,6,16] v) => (float[b,6,16] out)
+    <int64[4] split = {{-1,6,4,4}}, int64[3] merge = {{-1,6,16}}, float[6,6] mask = {{{",".join("0" * 36)}}},
+     float[b,6,4,4] qs, float[b,6,4,4] ks, float[b,6,4,4] vs, float[b,4,6,4] qh, float[b,4,6,4] kh,
+     float[b,4,6,4] vh, float[b,4,6,4] a, float[b,6,4,4] t>
+    {{
+        qs = Reshape(q, split)
+        ks = Reshape(k, split)
+        vs = Reshape(v, split)
+        qh = Transpose<perm=[0,2,1,3]>(qs)
+        kh = Transpose<perm=[0,2,1,3]>(ks)
+        vh = Transpose<perm=[0,2,1,3]>(vs)
+        a = Attention{attributes}(qh, kh, vh{mask})
+        t = Transpose<perm=[0,2,1,3]>(a)
+        out = Reshape(t, merge)
+    }}"""
+    return parser.parse_model(text)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "mask", "fused"),
+    [
+        ("", "", True),
+        ("<scale=0.3>", "", True),
+        ("<is_causal=1>", "", False),
+        ("<softcap=2.0>", "", False),
+        ("", ", mask", False),
+    ],
+)
+def test_only_plain_attention_is_fused(attributes, mask, fused):
+    proto = attention_model(attributes, mask)
+    model = ir.from_proto(proto)
+    fit_cpu(model)
+    assert (operators(model)["MultiHeadAttention"] == 1) == fused
+    given = {name: torch.randn(3, 6, 16) for name in "qkv"}
+    torch.testing.assert_close(
+        run(ir.to_proto(model).SerializeToString(), given), run(proto.SerializeToString(), given)
+    )
+
+
+def doubled(body: str, constants: str = "") -> onnx.ModelProto:
+    """A graph from `x` to `out`, in which the rows of `xx` are those of `x` twice over."""
+    return parser.parse_model(f"""
+    <ir_version: 10, opset_import: ["": 23]>
+    main (float[rows,6] x) => (float[twice,n] out)
+    <float[twice,6] xx {constants}>
+    {{
+        xx = Concat<axis=0>(x, x)
+        {body}
+    }}""")
+
+
+def fit_rows(proto: onnx.ModelProto) -> ir.Model:
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+    compute_equal_rows_once(model.graph)
+    return model
+
+
+def assert_same_values(model: ir.Model, proto: onnx.ModelProto) -> None:
+    given = {"x": torch.randn(4, 6)}
+    torch.testing.assert_close(
+        run(ir.to_proto(model).SerializeToString(), given), run(proto.SerializeToString(), given)
+    )
+
+
+def test_what_works_row_by_row_is_computed_once():
+    proto = doubled(
+        """
+        a = Reshape(xx, split)
+        b = Transpose<perm=[0,2,1]>(a)
+        c = LayerNormalization<axis=-1>(b, two, two)
+        d = MatMul(c, square)
+        e, f = Split<axis=1, num_outputs=2>(d)
+        g = Slice(e, zero, one, minus_one)
+        h = Concat<axis=-1>(g, g)
+        i = Mul(h, two)
+        j = Add(i, h)
+        k = Reshape(j, flat)
+        l = Gemm(k, wide)
+        m = Unsqueeze(l, minus_one)
+        n = Sigmoid(m)
+        o = Reshape(n, flat)
+        out = Identity(o)
+        """,
+        """, int64[3] split = {-1,2,3}, float[2] two = {0.5,2.0}, float[2,2] square = {1.0,2.0,3.0,4.0},
+        int64[1] zero = {0}, int64[1] one = {1}, int64[1] minus_one = {-1}, int64[2] flat = {-1,4},
+        float[4,4] wide = {1.0,2.0,3.0,4.0,5.0,6.0,7.0,8.0,9.0,1.0,2.0,3.0,4.0,5.0,6.0,7.0}""",
+    )
+    model = fit_rows(proto)
+    last = next(node for node in model.graph if node.op_type == "Identity").inputs[0].producer()
+    assert last.op_type == "Concat"
+    while (
+        last.op_type != "Reshape" or last.inputs[0].name != "x"
+    ):  # all the way up to the input, nothing is doubled
+        last = last.inputs[0].producer()
+        assert last is not None
+    assert_same_values(model, proto)
+
+
+@pytest.mark.parametrize(
+    ("body", "constants"),
+    [
+        pytest.param("m = ReduceMean<keepdims=1>(xx, axis)\n out = Add(xx, m)", ", int64[1] axis = {0}", id="mean"),
+        pytest.param("f = Reshape(xx, wide)\n g = Softmax(f)\n out = Reshape(g, back)",
+                     ", int64[2] wide = {1,-1}, int64[2] back = {-1,6}", id="rows side by side"),
+        pytest.param("f = Reshape(xx, wide)\n g = Softmax(f)\n out = Reshape(g, back)",
+                     ", int64[2] wide = {-1,12}, int64[2] back = {-1,6}", id="rows in pairs"),
+        pytest.param("out = Slice(xx, from, to, axis, step)",
+                     ", int64[1] from = {0}, int64[1] to = {99}, int64[1] axis = {-2}, int64[1] step = {3}",
+                     id="every third row"),
+        pytest.param("out = CumSum(xx, axis)", ", int64 axis = {0}", id="running sum"),
+        pytest.param("y = Sigmoid(x)\n z = Concat<axis=0>(x, y)\n out = Add(xx, z)", "", id="another tensor"),
+        pytest.param("t = Transpose<perm=[1,0]>(xx)\n s = Softmax<axis=1>(t)\n out = Transpose<perm=[1,0]>(s)", "",
+                     id="transposed"),
+    ],
+)  # fmt: skip
+def test_rows_that_meet_stay_as_they_are(body, constants):
+    proto = doubled(body, constants)
+    assert_same_values(fit_rows(proto), proto)

@@ -1,0 +1,107 @@
+"""How the operations reach the native library: the short way, the dispatcher, and without it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ubgen.ops import group_norm_silu, guided_step, native_status, quantise, resize_normalise
+from ubgen.ops._direct import direct
+
+
+def call_all(x):
+    """One call of each operation on what is made of x (1, 3, 6, 8): name of the operator -> result."""
+    pixels = quantise(x)
+    return {
+        "guided_step": guided_step(x, x, x, [x], 1.5, -0.5, 2.0, [1.5, -0.5])[0],
+        "quantise": pixels.pixels_BHW3,
+        "resize_normalise": resize_normalise(pixels.pixels_BHW3, 4, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+        "group_norm_silu": group_norm_silu(x, 3, torch.ones(3), torch.zeros(3)),
+    }
+
+
+def image():
+    return torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_plain_call_takes_the_short_way():
+    assert direct(image(), None, torch.nn.Parameter(image(), requires_grad=False))
+    with torch.no_grad():
+        assert direct(torch.nn.Parameter(image()))
+    assert not direct(image().requires_grad_())
+
+
+def test_a_trace_sees_every_operation():
+    graph = make_fx(call_all)(image()).graph
+    seen = {str(node.target) for node in graph.nodes}
+    assert seen >= {f"ubgen.{name}.default" for name in call_all(image())}
+
+
+def test_an_export_sees_every_operation():
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return call_all(x)
+
+    program = torch.export.export(Module(), (image(),))
+    seen = {str(node.target) for node in program.graph.nodes}
+    assert seen >= {f"ubgen.{name}.default" for name in call_all(image())}
+    for name, value in program.module()(image()).items():
+        assert torch.equal(value, call_all(image())[name])
+
+
+def test_fake_tensors_have_the_shapes_of_real_ones():
+    real = call_all(image())
+    with FakeTensorMode() as mode:
+        fake = call_all(mode.from_tensor(image()))
+    for name, value in fake.items():
+        assert (value.shape, value.dtype, value.stride()) == (
+            real[name].shape,
+            real[name].dtype,
+            real[name].stride(),
+        )
+
+
+def test_transforms_take_the_dispatcher():
+    weight = torch.ones(3)
+    gradient = torch.func.grad(lambda x: group_norm_silu(x, 3, weight, weight).sum())(image())
+    leaf = image().requires_grad_()
+    group_norm_silu(leaf, 3, weight, weight).sum().backward()
+    torch.testing.assert_close(gradient, leaf.grad)
+
+
+def run_elsewhere(**environment):
+    """The results of `call_all` in a process of its own."""
+    program = (
+        "import sys, torch; from safetensors.torch import save; from ubgen.ops import native_status\n"
+        f"sys.path.insert(0, {os.path.dirname(__file__)!r}); from test_native import call_all, image\n"
+        "print(native_status()[1], file=sys.stderr); sys.stdout.buffer.write(save(call_all(image())))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, check=True
+    )
+    from safetensors.torch import load
+
+    return load(answer.stdout), answer.stderr.decode()
+
+
+def test_without_the_library_the_references_run():
+    results, status = run_elsewhere(UBGEN_DISABLE_NATIVE="1")
+    assert "switched off by UBGEN_DISABLE_NATIVE" in status
+    for name, value in call_all(image()).items():
+        torch.testing.assert_close(results[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cpu", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same(native, cpu):
+    """One that this CPU lacks is answered by the plainest."""
+    results, _ = run_elsewhere(UBGEN_CPU=cpu)
+    for name, value in call_all(image()).items():
+        torch.testing.assert_close(results[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_the_status_names_the_library(native):
+    assert native_status()[1].endswith("libubgen_kernels.so")
