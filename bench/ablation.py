@@ -47,6 +47,8 @@ class Arguments:
     """Seed of the measured images' noise."""
     parallel: int = 2
     """Generators at a time, one thread each."""
+    runs: tuple[str, ...] = tuple(RUNS)
+    """Which generators."""
 
 
 def call(command: list[str | Path]) -> None:
@@ -88,8 +90,8 @@ generator, {given.parallel} at a time. Made by `bench/ablation.py`; pictures bes
 def main() -> None:
     given = tyro.cli(Arguments, prog="bench/ablation.py")
     with ThreadPoolExecutor(given.parallel) as pool:
-        played = dict(zip(RUNS, pool.map(lambda name: play(name, given), RUNS), strict=True))
-    rows = {name: played[name] for name in ("base", *(name for name in RUNS if name != "base"))}
+        played = dict(zip(given.runs, pool.map(lambda name: play(name, given), given.runs), strict=True))
+    rows = {name: played[name] for name in sorted(given.runs, key=lambda name: name != "base")}
     given.out.mkdir(parents=True, exist_ok=True)
     record = {
         "recipe": to_dict(load_recipe("miniature", TrainConfig)),

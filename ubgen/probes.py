@@ -105,7 +105,9 @@ def _provider(label: str, provider: str) -> Probe:
     if label != "CPU" and _no_cuda():
         return Probe(name, False, f"{package.detail}, but {_no_cuda()}")
     if label != "CPU" and not _starts(runtime, provider):
-        return Probe(name, False, f"{package.detail}, but {provider} does not start; are its CUDA libraries there?")
+        return Probe(
+            name, False, f"{package.detail}, but {provider} does not start; are its CUDA libraries there?"
+        )
     return Probe(name, True, package.detail)
 
 

@@ -78,4 +78,3 @@ def calls_in_a_turn(call: Callable[[], object], device: str | torch.device) -> i
     """How often a short call is repeated; calls it twice."""
     call()
     return max(1, round(1000 * TURN / max(milliseconds(call, 1, device), 1e-3)))
-

@@ -99,15 +99,19 @@ def compute_equal_rows_once(graph: ir.Graph) -> None:
     half: dict[Any, Any] = {}  # of each doubled tensor
     for node in list(graph):
         first, output = (node.inputs or [None])[0], node.outputs[0]
-        if first is not None and node.op_type == "Concat" and list(node.inputs) == [first, first]:
-            if _axis(node, output) == 0:
-                half[output] = first
+        if first is not None and _doubles_rows(node):
+            half[output] = first
         elif node.op_type == "Expand" and _same_shape(first, output):
             assert first is not None
             ir.convenience.replace_all_uses_with(output, first)
         elif any(value in half for value in node.inputs) and _keeps_rows_apart(node, half):
             _compute_half(graph, node, half)
     # the concatenations that nothing reads any more go with the unused nodes
+
+
+def _doubles_rows(node: ir.Node) -> bool:
+    first, output = node.inputs[0], node.outputs[0]
+    return node.op_type == "Concat" and list(node.inputs) == [first, first] and _axis(node, output) == 0
 
 
 def _compute_half(graph: ir.Graph, node: ir.Node, half: dict[Any, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from ubgen import runtime
 from ubgen.diffusion import decode, encode_prompts, load_stable_diffusion, merge_lora
 from ubgen.errors import UserError
-from ubgen.export import Exported, export_engine, load_spec
+from ubgen.export import Exported, export_engine, load_spec, plan_export
 from ubgen.manifest import stage_directory
 from ubgen.rewards import Clip, QAlign
 
@@ -64,16 +65,36 @@ def test_repeating_an_export_does_no_work(
     exported: Exported, family: dict[str, str], spec_file: Path, lora: Path
 ) -> None:
     before = {p: p.stat().st_mtime_ns for p in exported.path.rglob("*")}
+    started = time.process_time()
     again = export_engine(load_spec(spec_file, **family), exported.path, lora)
+    assert time.process_time() - started < 1
     assert (again.built, again.key, again.parity) == (False, exported.key, exported.parity)
     assert {p: p.stat().st_mtime_ns for p in exported.path.rglob("*")} == before
 
 
-def test_a_finished_engine_is_not_replaced_by_another(
-    exported: Exported, family: dict[str, str], spec_file: Path
+def test_the_plan_names_the_files_that_are_written(
+    exported: Exported, family: dict[str, str], spec_file: Path, lora: Path
 ) -> None:
-    with pytest.raises(UserError, match="--overwrite"):
+    planned = plan_export(load_spec(spec_file, **family), exported.path, lora)
+    assert planned.complete
+    assert planned.built == list(runtime.load(exported.path))
+    assert all((exported.path / file).is_file() for network in planned.networks for file in network.files)
+    other = plan_export(load_spec(spec_file, **family), exported.path)
+    assert not other.complete
+    assert set(planned.built) - set(other.built) == {"unet"}
+
+
+def test_a_finished_engine_is_not_replaced_by_another(
+    exported: Exported, family: dict[str, str], spec_file: Path, lora: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=r"another engine: lora is sha256:.* there and absent here; .*--overwrite"
+    ):
         export_engine(load_spec(spec_file, **family), exported.path, lora=None)
+    spec = load_spec(spec_file, **family)
+    other = dataclasses.replace(spec, parity=dataclasses.replace(spec.parity, seed=1))
+    with pytest.raises(UserError, match=r"another engine: spec is sha256:"):
+        export_engine(other, exported.path, lora)
     assert runtime.load(exported.path).key == exported.key
 
 

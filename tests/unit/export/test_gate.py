@@ -46,7 +46,9 @@ class Network(nn.Module):
 
 def candidate(spec: NetworkSpec, gains: Sequence[float], shift: float = 0.0) -> Candidate:
     torch.manual_seed(0)
-    network = Exportable(Network(gains).eval(), [{"x": torch.randn(6, 16)}, {"x": 3 * torch.randn(5, 16)}], "y")
+    network = Exportable(
+        Network(gains).eval(), [{"x": torch.randn(6, 16)}, {"x": 3 * torch.randn(5, 16)}], "y"
+    )
     return Candidate(
         "net", network, [network.reference(inputs) + shift for inputs in network.inputs], spec, "cpu"
     )
@@ -60,7 +62,9 @@ def test_weights_beyond_float16_on_onnx_runtime(tmp_path: Path) -> None:
     assert not row.error_without <= SPEC.tolerance
     assert row.kept_float32 == ("blocks.2.up", "blocks.2.norm")
     assert [file.name for file in files] == ["net.onnx"]
-    assert [line for line in said if "compiling" in line] == ["net: compiling with onnxruntime in float16"] * 2
+    assert [line for line in said if "compiling" in line] == [
+        "net: compiling with onnxruntime in float16"
+    ] * 2
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
@@ -83,5 +87,7 @@ def test_layers_of_the_spec_stay_and_are_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["float16", "float32"])
 def test_an_engine_that_is_wrong_for_another_reason_is_refused(tmp_path: Path, precision: str) -> None:
     spec = replace(SPEC, precision=precision)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"^net: the engine differs from PyTorch by [\d.e-]+, more than the spec's"):
+    with pytest.raises(
+        UserError, match=r"^net: the engine differs from PyTorch by [\d.e-]+, more than the spec's"
+    ):
         pass_gate(candidate(spec, [1, 1], shift=1.0), tmp_path, print)

@@ -123,7 +123,8 @@ def test_peak_activations() -> None:
     peak, output = peak_activations(chain, {"x": torch.empty(8, 2048, 4, device="meta")})
     wide, narrow = 8 * 2048 * 1024 * 4, 8 * 2048 * 4 * 4
     assert output.shape == (8, 2048, 4)
-    assert peak == pytest.approx(2 * wide + narrow, rel=1e-3)
+    # attention's input and output, and the first input and the last output that are still there
+    assert peak == 2 * wide + 2 * narrow
 
 
 def test_a_batch_beyond_the_memory_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ class Branching(nn.Module):
 
 def test_what_cannot_be_compiled_gets_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     network = Exportable(Branching().eval(), [{"images": torch.ones(4, 3)}], "out")
-    with pytest.raises(UserError, match="small: AOTInductor could not compile it: .+") as raised:
+    with pytest.raises(UserError, match=r"small: AOTInductor could not compile it: .+") as raised:
         COMPILERS["aotinductor"](network, SPEC, tmp_path / "small", "cpu", print)
     assert len(str(raised.value).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

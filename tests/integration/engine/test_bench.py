@@ -1,0 +1,104 @@
+"""ubgen-bench engine: every part is timed on both sides, and the figures are written down."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ubgen.benchmark import bench_engine
+from ubgen.cli import bench
+from ubgen.errors import UserError
+from ubgen.export import Exported
+
+PARTS = ["text_encoder", "unet", "vae_decoder", "clip_image", "clip_text", "qalign", "denoise", "chain"]
+
+
+def test_both_sides_of_every_part_are_timed(exported: Exported) -> None:
+    result = bench_engine(exported.path, batch=2, seconds=0.05, steps=3)
+    assert [(row.part, row.side) for row in result.rows] == [
+        (part, side) for part in PARTS for side in ("engine", "eager")
+    ]
+    assert all(row.batch == 2 and row.timing.median > 0 for row in result.rows)
+    assert result.settings["key"] == exported.key
+    (agreement,) = result.notes
+    share = re.fullmatch(r"Pixel values of the two chains within one grey level: ([\d.]+)%\.", agreement)
+    assert share is not None
+    assert float(share[1]) > 99.9
+
+
+def test_the_best_batch_is_the_default_and_torch_compile_a_side(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # compiling eight parts would take minutes
+    result = bench_engine(exported.path, seconds=0.05, steps=2, against=("compile",))
+    assert [(row.part, row.side) for row in result.rows] == [
+        (part, side) for part in PARTS for side in ("engine", "compile")
+    ]
+    networks = json.loads((exported.path / "manifest.json").read_text(encoding="utf-8"))["engine"]["networks"]
+    best = {name: entry["signature"]["inputs"][0]["shape"][0]["best"] for name, entry in networks.items()}
+    assert {row.part: row.batch for row in result.rows} == {
+        **best,
+        "denoise": best["unet"],
+        "chain": best["unet"],
+    }
+
+
+def test_without_the_weights_the_engine_is_timed_alone(exported: Exported, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(exported.path, moved)
+    manifest = json.loads((moved / "manifest.json").read_text(encoding="utf-8"))
+    manifest["inputs"]["clip"]["path"] = "/gone/clip"
+    (moved / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    result = bench_engine(moved, batch=1, seconds=0.05, steps=2)
+    assert {row.side for row in result.rows} == {"engine"}
+    assert result.notes == ["Not compared with eager: the clip weights are no longer at /gone/clip."]
+
+
+def test_the_command_shows_and_writes_the_table(
+    exported: Exported,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = [
+        "--batch",
+        "1",
+        "--seconds",
+        "0.05",
+        "--steps",
+        "2",
+        "--against",
+        "eager",
+        "--out",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr(sys, "argv", ["ubgen-bench", "engine", "--engine", str(exported.path), *options])
+    bench.main()
+    assert "vae_decoder" in capsys.readouterr().out
+    written = json.loads((tmp_path / "engine.json").read_text(encoding="utf-8"))
+    assert {row["part"] for row in written["rows"]} == set(PARTS)
+    assert written["machine"]["peak_memory"]["process"] > 0
+    assert (tmp_path / "engine.md").read_text(encoding="utf-8").count("| denoise |") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 0}, "--batch must be at least 1, not 0"),
+        ({"seconds": 0.0}, "--seconds must be above 0"),
+        ({"steps": 1}, "--steps must be at least 2"),
+        ({"against": ("onnx",)}, "--against onnx: there is eager, compile"),
+    ],
+)
+def test_an_impossible_option_is_named(exported: Exported, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        bench_engine(exported.path, **options)
+
+
+def test_a_directory_without_an_engine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unfinished or not a ubgen export directory"):
+        bench_engine(tmp_path)
