@@ -21,7 +21,7 @@ from ubgen.export.networks import Exportable, clip_networks, qalign_networks, st
 from ubgen.export.parity import ParityRow
 from ubgen.export.plan import require_memory
 from ubgen.export.report import write_report
-from ubgen.export.sources import engine_parts, lora_file, network_key, weight_directories
+from ubgen.export.sources import engine_parts, lora_file, network_keys, weight_directories
 from ubgen.export.spec import EngineSpec, NetworkSpec
 from ubgen.export.store import Built, Store
 from ubgen.manifest import read_manifest, stage_directory
@@ -161,12 +161,11 @@ class _Build:
         expected = outputs(network, self.spec.device)
         self._expected[name] = expected[0]
         candidate = Candidate(name, network, expected, spec, self.spec.device)
-        built = self.store.find(
-            name, network_key(name, self.spec, self.parts, self.inputs, self.store.hash_of)
-        )
+        keys = network_keys(name, self.spec, self.parts, self.inputs, self.store.hash_of)
+        built = self.store.find(name, keys[0])
         row = self._check_again(candidate, built) if built else None
         if built is None or row is None or not row.passed:
-            built, row = self._compile(candidate)
+            built, row = self._compile(candidate, *keys)
         self.entries[name] = built.entry
         return row
 
@@ -175,15 +174,18 @@ class _Build:
         row = candidate.check(self.store.out / built.entry["file"])
         return replace(row, kept_float32=built.kept_float32, error_without=built.error_without)
 
-    def _compile(self, candidate: Candidate) -> tuple[Built, ParityRow]:
+    def _compile(self, candidate: Candidate, key: str, graph: str) -> tuple[Built, ParityRow]:
         name, spec, signature = candidate.name, candidate.spec, candidate.signature
+        base = None
+        if spec.options.refit and (relative := self.store.relative(name, graph)):
+            base = self.store.out / relative.entry["file"]
+            candidate = replace(candidate, spec=replace(spec, keep_float32=relative.kept_float32))
         with self.store.staging() as staging:
             try:
-                row, files = pass_gate(candidate, staging, self.say)
+                row, files = pass_gate(candidate, staging, self.say, base)
             except UserError as error:
                 raise UserError(f"{error}; {self.store.out} stays unfinished") from error
-            key = network_key(name, self.spec, self.parts, self.inputs, self.store.hash_of)
-            built = Built(key, _entry(spec, signature), row.kept_float32, row.error_without)
+            built = Built(key, graph, _entry(spec, signature), row.kept_float32, row.error_without)
             return self.store.add(name, built, files), row
 
     def _chain(self) -> tuple[ChainRow, Images, Images]:

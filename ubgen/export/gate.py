@@ -45,14 +45,16 @@ def open_network(name: str, file: Path, signature: Signature, spec: NetworkSpec,
     return load(name, file, signature, device, torch.get_num_threads(), to_dict(spec.options))
 
 
-def pass_gate(candidate: Candidate, directory: Path, say: Say) -> tuple[ParityRow, list[Path]]:
+def pass_gate(
+    candidate: Candidate, directory: Path, say: Say, base: Path | None = None
+) -> tuple[ParityRow, list[Path]]:
     """Compile into `directory` until PyTorch is met within the tolerance; the report's row, and the files.
 
-    In low precision a second attempt leaves those layers in float32 that cause the error. UserError when the network
-    still misses its tolerance.
+    In low precision a second attempt leaves those layers in float32 that cause the error. `base`: see `Compile`.
+    UserError when the network still misses its tolerance.
     """
     name, spec = candidate.name, candidate.spec
-    row, files = _attempt(candidate, spec.keep_float32, directory, say)
+    row, files = _attempt(candidate, spec.keep_float32, directory, say, base)
     if not row.passed and spec.precision != "float32":
         say(f"{name}: error {row.error:.1e} in {spec.precision}; looking for the layers that cause it")
         more = offending_layers(candidate.network, candidate.expected, spec, candidate.device, say)
@@ -66,7 +68,7 @@ def pass_gate(candidate: Candidate, directory: Path, say: Say) -> tuple[ParityRo
 
 
 def _attempt(
-    candidate: Candidate, keep: tuple[str, ...], directory: Path, say: Say
+    candidate: Candidate, keep: tuple[str, ...], directory: Path, say: Say, base: Path | None = None
 ) -> tuple[ParityRow, list[Path]]:
     name, network, device = candidate.name, candidate.network, candidate.device
     spec = replace(candidate.spec, keep_float32=keep)
@@ -75,7 +77,7 @@ def _attempt(
     lowered = lower(network.module, spec.precision, keep, calls, device)
     inputs = [{n: t.to(device) for n, t in given.items()} for given in network.inputs]
     exportable = replace(network, module=lowered, inputs=inputs)
-    files = COMPILERS[spec.compiler](exportable, spec, directory / name, device, say).files
+    files = COMPILERS[spec.compiler](exportable, spec, directory / name, device, say, base).files
     del lowered, inputs, exportable
     gc.collect()
     if device != "cpu":

@@ -135,9 +135,9 @@ def _keeps_rows_apart(node: Any, half: dict[Any, Any]) -> bool:
         value is None or value.shape is None for value in (*node.inputs, output)
     ):
         return False
-    if node.op_type in ("Add", "Div", "Mul", "Sub"):  # a constant of lower rank is the same for every row
+    if node.op_type in ("Add", "Div", "Mul", "Sub"):
         rank = output.shape.rank()
-        return all(v.shape.rank() == rank if v in half else _lower(v, rank) for v in node.inputs)
+        return all(v.shape.rank() == rank if v in half else _without_rows(v, rank) for v in node.inputs)
     if node.op_type in ("MultiHeadAttention", "Concat"):
         apart = node.op_type != "Concat" or _axis(node, output) != 0
         return apart and all(value in half for value in node.inputs)
@@ -156,13 +156,13 @@ def _keeps_rows_apart(node: Any, half: dict[Any, Any]) -> bool:
             rows, *sizes = others[0].const_value.numpy().tolist()
             return rows == -1 and math.prod(sizes) == _row_size(first)
         case "Slice":
-            return len(others) > 2 and _without_rows(others[2], first)
+            return len(others) > 2 and _spares_rows(others[2], first)
         case "Split":
             return _axis(node, first) != 0
         case "Transpose":
             return node.attributes["perm"].as_ints()[0] == 0
         case "Unsqueeze":
-            return _without_rows(others[0], output)
+            return _spares_rows(others[0], output)
     return False
 
 
@@ -170,8 +170,9 @@ def _is_constant(value: Any) -> bool:
     return value.const_value is not None
 
 
-def _lower(value: Any, rank: int) -> bool:
-    return _is_constant(value) and value.shape.rank() < rank
+def _without_rows(value: Any, rank: int) -> bool:
+    """Whether broadcasting gives every row of a tensor of that rank the same part of the constant."""
+    return _is_constant(value) and (value.shape.rank() < rank or value.shape[0] == 1)
 
 
 def _axis(node: Any, of: Any, default: int = 0) -> int:
@@ -179,7 +180,7 @@ def _axis(node: Any, of: Any, default: int = 0) -> int:
     return node.attributes.get_int("axis", default) % of.shape.rank()
 
 
-def _without_rows(axes: Any, of: Any) -> bool:
+def _spares_rows(axes: Any, of: Any) -> bool:
     return all(axis % of.shape.rank() for axis in axes.const_value.numpy().tolist())
 
 

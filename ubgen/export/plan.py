@@ -22,7 +22,7 @@ from ubgen.export.networks import ClipImage, ClipText, Exportable, TextEncoder, 
 from ubgen.export.onnx import EMBED_LIMIT
 from ubgen.export.precision import lower
 from ubgen.export.qalign_graph import QAlignScorer
-from ubgen.export.sources import FAMILY, engine_parts, lora_file, network_key, weight_directories
+from ubgen.export.sources import FAMILY, engine_parts, lora_file, network_keys, weight_directories
 from ubgen.export.spec import EngineSpec, NetworkSpec
 from ubgen.export.store import Store
 from ubgen.rewards import Clip, QAlign
@@ -86,8 +86,8 @@ def plan_export(spec: EngineSpec, out: str | Path | None = None, lora: str | Pat
         return Planned(plans, [], False, problems)
     hashes = Hashes(Path(out) / CACHE)
     parts, store = engine_parts(spec, inputs, hashes), Store(Path(out), hashes)
-    keys = {plan.name: network_key(plan.name, spec, parts, inputs, hashes) for plan in plans}
-    built = [name for name, key in keys.items() if store.find(name, key)]
+    keys = {plan.name: network_keys(plan.name, spec, parts, inputs, hashes) for plan in plans}
+    built = [name for name, (key, _) in keys.items() if store.find(name, key)]
     complete = store.finished(json_hash(parts)) is not None
     return Planned(plans, [plan.name for plan in plans] if complete else built, complete, problems)
 

@@ -62,31 +62,35 @@ def engine_parts(
     return key_parts(hashes, lora, spec.content(), compilers, spec.device)
 
 
-def network_key(
+def network_keys(
     name: str,
     spec: EngineSpec,
     parts: Mapping[str, Any],
     inputs: Mapping[str, Path],
     hash_of: Callable[[Path], str],
-) -> str:
-    """The key of one compiled network, with which an interrupted or changed export finds what it has already."""
+) -> tuple[str, str]:
+    """The key of one compiled network, and the key of its graph alone, whatever the weights in it.
+
+    With them an interrupted or changed export finds what it has already.
+    """
     network: NetworkSpec = getattr(spec.networks, name)
     settings = to_dict(network)
     del settings["tolerance"]  # is checked again
-    return json_hash(
-        {
-            "format": parts["format"],
-            "network": name,
-            "spec": settings,
-            "image_size": spec.image_size,
-            "weights": hash_of(inputs[FAMILY[name]] / _PART.get(name, "")),
-            "lora": parts["lora"] if name == "unet" else None,
-            "compiler": parts["compilers"][network.compiler],
-            "architecture": parts["architecture"],
-            "versions": library_versions(),
-            "exporter": _exporter(),
-        }
-    )
+    weights = {
+        "weights": hash_of(inputs[FAMILY[name]] / _PART.get(name, "")),
+        "lora": parts["lora"] if name == "unet" else None,
+    }
+    graph = {
+        "format": parts["format"],
+        "network": name,
+        "spec": settings,
+        "image_size": spec.image_size,
+        "compiler": parts["compilers"][network.compiler],
+        "architecture": parts["architecture"],
+        "versions": library_versions(),
+        "exporter": _exporter(),
+    }
+    return json_hash(graph | weights), json_hash(graph)
 
 
 @cache

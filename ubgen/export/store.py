@@ -23,6 +23,7 @@ class Built:
     """
 
     key: str
+    graph: str  # the key of all but the weights
     entry: Mapping[str, Any]
     kept_float32: tuple[str, ...] = ()
     error_without: float | None = None
@@ -48,13 +49,26 @@ class Store:
 
     def find(self, name: str, key: str) -> Built | None:
         """The network `name` when it is here whole under this very key."""
+        built = self._read(name)
+        return built if built and built.key == key and self._whole(built) else None
+
+    def relative(self, name: str, graph: str) -> Built | None:
+        """The network `name` when it is here whole with the same graph, whatever its weights."""
+        built = self._read(name)
+        return built if built and built.graph == graph and self._whole(built) else None
+
+    def _read(self, name: str) -> Built | None:
         try:
             values = json.loads((self.out / f"{name}.json").read_text(encoding="utf-8"))
-            built = Built(**{**values, "kept_float32": tuple(values["kept_float32"])})
-            intact = built.key == key and self.intact(built.entry["files"])
+            return Built(**{**values, "kept_float32": tuple(values["kept_float32"])})
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return built if intact else None
+
+    def _whole(self, built: Built) -> bool:
+        try:
+            return self.intact(built.entry["files"])
+        except (AttributeError, KeyError, TypeError):
+            return False
 
     def finished(self, key: str) -> dict[str, Any] | None:
         """The manifest, when the directory holds the engine `key` whole."""

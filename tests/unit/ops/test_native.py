@@ -1,5 +1,6 @@
 """How the operations reach the native library: the short way, the dispatcher, and without it."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -74,10 +75,15 @@ def test_a_transform_takes_the_dispatcher():
 
 
 def test_without_the_library_the_references_run(tmp_path):
-    program = (
-        "import sys, torch; from ubgen.ops import native_status; print(native_status())\n"
-        f"sys.path.insert(0, {os.path.dirname(__file__)!r}); from test_native import call_all, image\n"
-        "torch.save(call_all(image()), sys.argv[1])"
+    program = "\n".join(
+        [
+            "import sys, torch",
+            "from ubgen.ops import *",
+            inspect.getsource(image),
+            inspect.getsource(call_all),
+            "print(native_status())",
+            "torch.save(call_all(image()), sys.argv[1])",
+        ]
     )
     answer = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "results.pt")],

@@ -19,9 +19,10 @@ class Compiled(NamedTuple):
     files: list[Path]
 
 
-Compile = Callable[[Exportable, NetworkSpec, Path, str, Say], Compiled]
-"""(network in its precision on the device, spec, directory/name without suffix, device, say) -> files.
+Compile = Callable[..., Compiled]
+"""(network in its precision on the device, spec, directory/name without suffix, device, say, base=None) -> files.
 
+`base` is a file compiled from the same graph with other weights, for a compiler that can start from it (option refit).
 UserError when it can't be compiled. What is made on the way is removed.
 """
 
@@ -30,11 +31,18 @@ def _lazily(module: str) -> Compile:
     """`compile_network` of the module, which imports its compiler: each takes a second or is not everywhere."""
 
     def compile_network(
-        network: Exportable, spec: NetworkSpec, path: Path, device: str, say: Say
+        network: Exportable,
+        spec: NetworkSpec,
+        path: Path,
+        device: str,
+        say: Say,
+        base: Path | None = None,
     ) -> Compiled:
         if not (probe := backend(module).probe(device)).available:
             raise UserError(f"{probe.name}: {probe.detail}")
-        return import_module(f"{__name__}.{module}").compile_network(network, spec, path, device, say)
+        start = {"base": base} if base is not None and spec.options.refit else {}
+        compiler = import_module(f"{__name__}.{module}")
+        return compiler.compile_network(network, spec, path, device, say, **start)
 
     return compile_network
 
