@@ -119,6 +119,10 @@ def assemble(work: Path, out: Path) -> None:
     CLIPTextModel.from_pretrained(work / "denoiser/text_encoder").half().save_pretrained(sd / "text_encoder")
     shutil.copytree(work / "denoiser/tokenizer", sd / "tokenizer")
     networks.scheduler().save_pretrained(sd / "scheduler")
+    for config in (sd / "vae/config.json", sd / "unet/config.json"):  # without the path of the work directory
+        content = json.loads(config.read_text())
+        content.pop("_name_or_path", None)
+        config.write_text(json.dumps(content, indent=2) + "\n")
     (sd / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
     for name in ("oracle", "clip", "qalign"):
         shutil.copytree(work / name, out / name)
