@@ -145,18 +145,14 @@ def _aotinductor(label: str, reason: str) -> Probe:
 @cache
 def tensorrt() -> Probe:
     """NVIDIA TensorRT, stand-alone; strongly typed networks are whole from 10.12 on."""
-    probe = _package("tensorrt", "tensorrt", "tensorrt")
-    if not probe.available:
-        return probe
-    if tuple(int(part) for part in probe.detail.split(".")[:2]) < (10, 12):
-        return Probe("tensorrt", False, f"{probe.detail} is too old; pip install 'tensorrt>=10.12'")
-    return _on_cuda(probe)
+    return _on_cuda(_at_least(_package("tensorrt", "tensorrt", "tensorrt"), "tensorrt", (10, 12)))
 
 
 @cache
 def torch_tensorrt() -> Probe:
-    """Torch-TensorRT."""
-    return _on_cuda(_package("torch_tensorrt", "torch_tensorrt", "torch-tensorrt"))
+    """Torch-TensorRT; from 2.14 on an engine's tensors can be named."""
+    probe = _package("torch_tensorrt", "torch_tensorrt", "torch-tensorrt")
+    return _on_cuda(_at_least(probe, "torch-tensorrt", (2, 14)))
 
 
 def modelopt() -> Probe:
@@ -204,6 +200,13 @@ def _tool(name: str, command: str, advice: str) -> Probe:
     ).stdout.splitlines()
     version = next((line for line in answer if re.search(r"\d\.\d", line)), "")
     return Probe(name, True, f"{path}: {version}" if version else path)
+
+
+def _at_least(probe: Probe, package: str, oldest: tuple[int, int]) -> Probe:
+    if not probe.available or tuple(int(part) for part in probe.detail.split(".")[:2]) >= oldest:
+        return probe
+    wanted = ".".join(map(str, oldest))
+    return Probe(probe.name, False, f"{probe.detail} is too old; pip install --upgrade '{package}>={wanted}'")
 
 
 def _on_cuda(probe: Probe) -> Probe:

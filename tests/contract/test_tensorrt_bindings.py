@@ -372,6 +372,7 @@ for call in (lambda: open_plan(plan), lambda: refit(plan, plan, plan),
 """
 
 
+@pytest.mark.parametrize("release", ["newest 10", "newest 11"], indirect=True)
 def test_our_classes_load_and_the_lack_of_a_gpu_is_said_in_one_line(release: Any, tmp_path: Path) -> None:
     """With the real bindings, whose libraries here answer with null pointers as they do where there is no GPU."""
     _, environment = release

@@ -61,7 +61,9 @@ def load_peers(engines: EngineSet) -> Peers:
         sd.unet.eval().requires_grad_(False)
     parts = {"unet": sd.unet, "vae_decoder": sd.vae, "text_encoder": sd.text_encoder}
     for name, part in parts.items():
-        part.to(device, dtypes[name])
+        part.to(device)
+        if part.dtype != dtypes[name]:
+            part.to(dtypes[name])
     clip = Clip.load(resolve_path(paths["clip"]), dtypes["clip_image"], device)
     qalign = QAlign.load(resolve_path(paths["qalign"]), dtypes["qalign"], device)
     return Peers({**_generator_calls(sd), **_scorer_calls(clip, qalign)}, _pipeline(sd))

@@ -30,4 +30,4 @@ def number(value: float | None, digits: int = 3) -> str:
     """A figure with so many significant digits; empty for None."""
     if value is None:
         return ""
-    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+    return f"{value:.0f}" if abs(value) >= 10**digits - 0.5 else f"{value:.{digits}g}"

@@ -8,7 +8,7 @@ from ubgen.manifest import atomic_write, content_hash, file_digest
 
 CACHE = ".hashes.json"
 _SMALL = 16 * 2**20  # bytes: hashing fewer takes no time
-_SETTLED = 2.0  # seconds: within one tick of a file system's clock, a file may change twice and keep its time
+_SETTLED = 1.0  # seconds: within one tick of a file system's clock a file may change and keep its time
 
 
 class Hashes:

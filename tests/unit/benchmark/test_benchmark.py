@@ -63,7 +63,8 @@ def test_a_table_in_markdown():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.012345, "0.0123"), (1.5, "1.5"), (123.4, "123"), (123456.7, "123457"), (None, "")]
+    ("value", "text"),
+    [(0.012345, "0.0123"), (1.5, "1.5"), (123.4, "123"), (999.7, "1000"), (123456.7, "123457"), (None, "")],
 )
 def test_numbers_keep_three_digits(value, text):
     assert number(value) == text

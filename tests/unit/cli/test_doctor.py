@@ -24,6 +24,7 @@ def poor_machine(tmp_path_factory):
     """No GPU, no tools, and packages that are there but of no use: probe name -> probe."""
     directory = tmp_path_factory.mktemp("packages")
     (directory / "torch_tensorrt.py").write_text("raise Exception('libnvinfer.so.11 was not found')\n")
+    (directory / "tensorrt.py").write_text("__version__ = '10.9.0.34'\n")
     (directory / "xformers").mkdir()
     (directory / "xformers" / "__init__.py").write_text("__version__ = '0.0.35'\n")
     (directory / "xformers" / "ops.py").write_text("")
@@ -37,6 +38,8 @@ def test_every_part_of_this_machine_has_a_verdict_and_a_reason():
     assert probes["onnxruntime: CPU"].available
     assert probes["torch: CUDA"].available == torch.cuda.is_available()
     assert probes["native library: CPU"].available == native_status()[0]
+    assert probes["aotinductor: CPU"].available == probes["C++ compiler"].available
+    assert {"onnxruntime: CUDA", "aotinductor: CUDA", "modelopt (float8)"} <= set(probes)
     assert {"tensorrt", "torch_tensorrt", "xformers", "nvidia.dali", "ray", "nvcc"} <= set(probes)
     assert all(probe.detail for probe in probes.values())
 
@@ -52,6 +55,18 @@ def test_a_package_whose_import_fails_oddly_is_a_reason_and_not_a_crash(poor_mac
     probe = poor_machine["torch_tensorrt"]
     assert not probe["available"]
     assert "installed, but its import fails: Exception: libnvinfer.so.11 was not found" in probe["detail"]
+
+
+def test_a_tensorrt_that_is_too_old_is_refused(poor_machine):
+    assert not poor_machine["tensorrt"]["available"]
+    assert (
+        "10.9.0.34 is too old; pip install --upgrade 'tensorrt>=10.12'" in poor_machine["tensorrt"]["detail"]
+    )
+
+
+def test_engines_cannot_be_built_without_a_compiler(poor_machine):
+    assert not poor_machine["aotinductor: CPU"]["available"]
+    assert "engines cannot be built: g++-of-nobody" in poor_machine["aotinductor: CPU"]["detail"]
 
 
 def test_missing_tools_are_named(poor_machine):

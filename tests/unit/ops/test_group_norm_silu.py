@@ -49,9 +49,8 @@ def test_equals_two_operations_in_double(batch, groups, members, height, width, 
     got = group_norm_silu(x, groups, weight, bias)
     assert (got.shape, got.dtype) == (x.shape, x.dtype)
     assert got.is_contiguous(memory_format=layout) or not got.numel()
-    if (
-        height * width * members > 1
-    ):  # else the variance is 0, and a rounding error in the mean is all there is
+    # a single value has no variance: a rounding error in the mean is all there is
+    if height * width * members > 1:
         assert_close(got, in_double(x, groups, weight, bias))
 
 
