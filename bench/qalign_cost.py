@@ -2,7 +2,8 @@
 
 Floating-point operations at 7B sizes, counted on shapes alone; then, with random weights at the full width but
 with few layers, parity in PyTorch and in ONNX Runtime, sizes, memory and time; then the miniature in every
-compiler. Writes qalign-cost.json and qalign-cost.md. Needs 8 GB of memory and some minutes.
+compiler. Writes qalign-cost.json and qalign-cost.md. Needs 8 GB of memory and some minutes; run it with
+OMP_NUM_THREADS=1.
 """
 
 import copy
@@ -112,13 +113,17 @@ def cost(config: dict[str, Any], image: int = IMAGE) -> dict[str, Any]:
 
 
 def interleaved(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each side, the sides taking turns; one round before is not counted."""
+    """Median CPU seconds of each side, the sides taking turns; one round before is not counted.
+
+    CPU time and not the clock's: on one thread they are the same on an idle machine, and on a busy one only the
+    first means something.
+    """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, call in sides.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
@@ -235,8 +240,8 @@ def markdown(result: dict[str, Any]) -> str:
     )
     return f"""# Q-Align as it is compiled, against the full forward pass
 
-`python bench/qalign_cost.py`. Full: the whole prompt in every layer, the whole head at every position. Folded:
-`ubgen.export.qalign_graph.QAlignScorer`. Both give the same score.
+`OMP_NUM_THREADS=1 python bench/qalign_cost.py`. Full: the whole prompt in every layer, the whole head at every
+position. Folded: `ubgen.export.qalign_graph.QAlignScorer`. Both give the same score.
 
 {result["machine"]}
 
@@ -257,8 +262,9 @@ Layers: {", ".join(f"{name} {count}" for name, count in wide["layers"].items())}
 Files: {files}. The export took {wide["export_seconds"]:.0f} s; peak memory {wide["export_peak_gb"]:.1f} GB up to its
 end, {wide["peak_gb"]:.1f} GB with ONNX Runtime's run after it.
 
-Time over the full pass's, batch 1: {times}; operations of the folded one: {wide["flop_ratio"]:.3f}. Of two decoder
-layers the last one is half, of 32 it is little: this is not the ratio of the 7B network.
+Time over the full pass's, batch 1: {times}.
+Operations of the folded one: {wide["flop_ratio"]:.3f}. Of two decoder layers the last one is half, of 32 it is little:
+this is not the ratio of the 7B network.
 
 ## Miniature
 
@@ -276,7 +282,7 @@ def main(out: Path) -> None:
         directory = Path(temporary)
         result = {
             "machine": f"{device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, onnxruntime "
-            f"{onnxruntime.__version__}, {platform.platform()}. Medians, the sides taking turns in one run; "
+            f"{onnxruntime.__version__}, {platform.platform()}. Times are medians of CPU time, the sides taking turns; "
             f"other work loaded the machine ({os.getloadavg()[1]:.1f} processes at the start).",
             "7B": cost(SEVEN_B),
             "miniature": miniature(directory),

@@ -126,9 +126,12 @@ def _loops(suite: Suite, workers: list[Worker], batch: int) -> None:
     names = [*PEERS, *(name for _, name in others[:2])]
     picked = [worker for worker in workers if worker.variant.name in names and worker.variant.name in rows]
     expected = sum(rows[worker.variant.name] for worker in picked) * (suite.sizes.steps + 1) / 1000
-    for _ in range(2):
-        if expected > suite.left() / 3:
-            suite.skip(f"loops, batch {batch}", f"about {expected:.0f} s, and {suite.left():.0f} s are left")
+    for repeat in range(2):
+        if expected > suite.left() / (2 + 4 * repeat):
+            if not repeat:
+                suite.skip(
+                    f"loops, batch {batch}", f"about {expected:.0f} s, and {suite.left():.0f} s are left"
+                )
             return
         for worker in picked:
             with suite.guard(f"{worker.variant.name}, loop, batch {batch}"):

@@ -53,7 +53,7 @@ def run(suite: Suite) -> None:
                 update()
             sides[way.name], peaks[way.name] = update, peak.peak / 1e9
         _forget_gradients(players)
-    for name, timing in compare(sides, suite.device, seconds=suite.share(0.5), least=2).items():
+    for name, timing in compare(sides, suite.device, seconds=suite.share(0.5), least=2, warm=True).items():
         suite.add(
             timing,
             variant=name,

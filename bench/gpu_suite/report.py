@@ -138,7 +138,10 @@ def _loops(rows: list[Content]) -> str:
         steps = next(row["steps"] for row in rows if row["batch"] == key[0])
         best = min(times)
         table.rows.append((key[1], str(key[0]), str(steps), number(best), number(key[0] / best)))
-    table.note = "The shorter of two runs. For diffusers' own module its StableDiffusionPipeline, else ubgen's sampler."
+    table.note = (
+        "The shorter run where there were two. diffusers' own module runs in its StableDiffusionPipeline, all else in "
+        "ubgen's sampler."
+    )
     return table.markdown()
 
 

@@ -79,7 +79,8 @@ class TunedUNet(nn.Module):
         self.resnets = [m for m in unet.modules() if type(m).__name__ == "ResnetBlock2D"]
         self.transformers = [m for m in unet.modules() if type(m).__name__ == "Transformer2DModel"]
         widths = [resnet.time_emb_proj.out_features for resnet in self.resnets]
-        self.places = dict(zip(map(id, self.resnets), _spans(widths), strict=True))
+        for resnet, span in zip(self.resnets, _spans(widths), strict=True):
+            resnet.span = span
         self.register_buffer("times", self._time_table())
         for transformer in self.transformers:
             _fuse(transformer.transformer_blocks[0].attn1)
@@ -151,7 +152,7 @@ class TunedUNet(nn.Module):
         return y, times if len(times) == len(y) else _doubled(times)
 
     def _resnet(self, resnet: Any, x: Tensor, times: Tensor) -> Tensor:
-        start, stop = self.places[id(resnet)]
+        start, stop = resnet.span
         h = F.conv2d(self._norm_silu(resnet.norm1, x), resnet.conv1.weight, padding=1)
         h = h + times[:, start:stop, None, None]  # the convolution's bias is in the table
         h = resnet.conv2(self._norm_silu(resnet.norm2, h))

@@ -45,7 +45,7 @@ class Variant:
 
 _INDUCTOR = {"conv_1x1_as_mm": True}
 _TUNED = Variant("", "", channels_last=True, tuning=Tuning(), graph=True)
-_COMPILED = replace(_TUNED, compile={"fullgraph": True, "options": _INDUCTOR})
+_COMPILED = replace(_TUNED, compile={"fullgraph": True, "options": _INDUCTOR}, headline=True)
 _AUTOTUNED = replace(_COMPILED, compile={"fullgraph": True, "options": {**_INDUCTOR, "max_autotune": True}})
 
 ON_GPU = (
@@ -69,11 +69,8 @@ ON_GPU = (
         about="tuned-cudnn without shared start and phases",
         attention="cudnn",
         tuning=Tuning(shared_start=False, phases=False),
-        headline=True,
     ),
-    replace(
-        _AUTOTUNED, name="autotuned", about="tuned-cudnn, max_autotune", attention="cudnn", headline=True
-    ),
+    replace(_AUTOTUNED, name="autotuned", about="tuned-cudnn, max_autotune", attention="cudnn"),
     Variant("aotinductor", "the engine of ubgen-export, one CUDA graph", engine="aotinductor", graph=True),
     Variant(
         "tensorrt", "the engine of ubgen-export, one CUDA graph", "float16", engine="tensorrt", graph=True
@@ -87,14 +84,7 @@ ON_GPU = (
         attention="cudnn",
         headline=True,
     ),
-    replace(
-        _COMPILED,
-        name="tuned-cudnn-fp16",
-        about="as in bfloat16",
-        dtype="float16",
-        attention="cudnn",
-        headline=True,
-    ),
+    replace(_COMPILED, name="tuned-cudnn-fp16", about="as in bfloat16", dtype="float16", attention="cudnn"),
 )
 """In the order of the table. "eager" and "compile" are the peers that the others are compared with."""
 
@@ -116,6 +106,13 @@ ON_CPU = (
         dtype="bfloat16",
         tuning=Tuning(native_norm=True),
         graph=False,
+    ),
+    replace(
+        _COMPILED,
+        name="tuned",
+        about="tuned UNet, traced",
+        dtype="float32",
+        compile={"fullgraph": True, "backend": "aot_eager"},
     ),
     Variant("onnxruntime", "the engine of ubgen-export", "float32", engine="onnxruntime"),
 )
@@ -307,7 +304,6 @@ def _attention(variant: Variant) -> Any:
     order = {
         "": [],
         "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION],
-        "flash": [SDPBackend.FLASH_ATTENTION],
     }[variant.attention]
     if not order:
         from contextlib import nullcontext

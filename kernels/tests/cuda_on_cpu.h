@@ -1,8 +1,8 @@
 // Enough of CUDA to run the kernels' own source on a CPU, for tests on machines without a GPU. It shows wrong indices,
 // wrong arithmetic and missing barriers, but nothing about speed or about what nvcc makes of it.
 //
-// Every thread of a block is a fiber. A fiber runs until a barrier or its end, then the next one does, in the order that
-// `reverse` says: a kernel without a barrier that it needs gives a wrong result in one of the two.
+// Every thread of a block is a fiber. A fiber runs until a barrier or its end, then the next one does, in the order
+// that `reverse` says: a kernel without a barrier that it needs gives a wrong result in one of the two.
 #ifndef UBGEN_CUDA_ON_CPU_H
 #define UBGEN_CUDA_ON_CPU_H
 

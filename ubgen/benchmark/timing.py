@@ -40,14 +40,16 @@ def compare(
     *,
     seconds: float = 10.0,
     least: int = 5,
+    warm: bool = False,
 ) -> dict[str, Timing]:
     """Time every side; they take turns, and the one that begins changes from round to round.
 
-    Each is called twice before anything is counted, so that compilation, handles and caches are in place. Rounds go
-    on for about `seconds` in all, but at least `least` of them are made. On a GPU the time is that between two events
-    on the current stream, which nothing else should use meanwhile.
+    Each is called twice before anything is counted, so that compilation, handles and caches are in place; with `warm`
+    that has been done already, and a turn is one call. Rounds go on for about `seconds` in all, but at least `least` of
+    them are made. On a GPU the time is that between two events on the current stream, which nothing else should use
+    meanwhile.
     """
-    calls = {name: calls_in_a_turn(call, device) for name, call in sides.items()}
+    calls = {name: 1 if warm else calls_in_a_turn(call, device) for name, call in sides.items()}
     order, times = list(sides), {name: list[float]() for name in sides}
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < least or (time.perf_counter() < end and rounds < MOST_ROUNDS):

@@ -1,9 +1,10 @@
 /* The C API of ubgen's native operations. No torch, no Python: raw pointers to dense arrays and explicit sizes.
  *
- * Every operation exists twice. `ubgen_NAME` takes host pointers and runs on at most `threads` threads. `ubgen_NAME_cuda`
- * takes device pointers of the current device and returns after queueing on `stream` (a cudaStream_t); these are defined
- * in the separate library ubgen_kernels_cuda, which is only built where nvcc is found. Whatever the element type, the
- * arithmetic is float32 and each output is rounded once, to nearest even. Arrays of size 0 may be null.
+ * Every operation exists twice. `ubgen_NAME` takes host pointers and runs on at most `threads` threads.
+ * `ubgen_NAME_cuda` takes device pointers of the current device and returns after queueing on `stream` (a
+ * cudaStream_t); these are defined in the separate library ubgen_kernels_cuda, which is only built where nvcc is found.
+ * Whatever the element type, the arithmetic is float32 and each output is rounded once, to nearest even. Arrays of size
+ * 0 may be null.
  */
 #ifndef UBGEN_KERNELS_H
 #define UBGEN_KERNELS_H
@@ -47,9 +48,9 @@ int ubgen_guided_step_cuda(int dtype, const void *x, const void *e_uncond, const
                            float a, float b, float guidance, float s, void *x_next, void *e, int64_t count,
                            void *stream);
 
-/* (b) RGB images on the [0, 1] scale, of `dtype` and `layout`, to bytes (B,H,W,3): clamp to [0, 1], times 255, round half
- * to even; NaN gives 0. For each image also the smallest and largest finite value before the clamp (+inf and -inf where
- * there is none) and how many values are infinite or NaN: three arrays of `batch` values.
+/* (b) RGB images on the [0, 1] scale, of `dtype` and `layout`, to bytes (B,H,W,3): clamp to [0, 1], times 255, round
+ * half to even; NaN gives 0. For each image also the smallest and largest finite value before the clamp (+inf and -inf
+ * where there is none) and how many values are infinite or NaN: three arrays of `batch` values.
  */
 int ubgen_quantise(int dtype, int layout, const void *images, int64_t batch, int64_t height, int64_t width,
                    uint8_t *pixels, float *minimum, float *maximum, int64_t *nonfinite, int threads);
@@ -76,7 +77,9 @@ typedef struct {
 } ubgen_framing;
 
 /* (c) Resize and normalise: bytes (B,height,width,3) to float32 (B,3,down->target,across->target). For CUDA, `first` and
- * `weights` of both axes lie in device memory; the two structs themselves in host memory. */
+ * `weights` of both axes lie in device memory, the two structs themselves in host memory, and an axis that shrinks by
+ * more than about 100 is a bad argument: its rows would not fit into shared memory.
+ */
 int ubgen_resize_normalise(const uint8_t *pixels, int64_t batch, int64_t height, int64_t width,
                            const ubgen_axis *across, const ubgen_axis *down, const ubgen_framing *framing, float *out,
                            int threads);
@@ -84,7 +87,7 @@ int ubgen_resize_normalise_cuda(const uint8_t *pixels, int64_t batch, int64_t he
                                 const ubgen_axis *across, const ubgen_axis *down, const ubgen_framing *framing,
                                 float *out, void *stream);
 
-/* (d) GroupNorm, then SiLU, of (batch, channels, area) or (batch, area, channels) by `layout`, area being height * width:
+/* (d) GroupNorm, then SiLU, of (batch, channels, area) or, by `layout`, (batch, area, channels); area is height * width:
  *
  *   v = weight[c] * (x - mean) / sqrt(variance + eps) + bias[c],    y = v / (1 + exp(-v))
  *
@@ -98,8 +101,8 @@ int ubgen_group_norm_silu_cuda(int dtype, int layout, const void *x, const float
                                void *workspace, void *stream);
 int64_t ubgen_group_norm_silu_workspace(int layout, int64_t batch, int64_t area, int64_t groups);
 
-/* The instruction set that the CPU functions use: "avx512", "avx2" or "baseline". The environment variable UBGEN_CPU, read
- * once, names a lower one than the best. */
+/* The instruction set that the CPU functions use: "avx512", "avx2" or "baseline". The environment variable UBGEN_CPU,
+ * read once, names a lower one than the best. */
 const char *ubgen_cpu(void);
 
 /* The reason of this thread's last UBGEN_CUDA_ERROR; never null. */

@@ -1,6 +1,6 @@
-// The CUDA twin of group_norm_silu.cpp. Planar: one block a group, which keeps it in shared memory where it fits, so that
-// it is read once. Channels-last: one kernel for the sums, one for the values; the second read comes mostly from the L2
-// cache. Sums are of differences from the group's first value, in float32 within a thread and in double beyond it.
+// The CUDA twin of group_norm_silu.cpp. Planar: one block a group, which keeps it in shared memory where it fits, so
+// that it is read once. Channels-last: one kernel for the sums, one for the values; the second read comes mostly from
+// the L2 cache. Sums are of differences from the group's first value, in float32 within a thread and in double beyond.
 #include <algorithm>
 
 #include "device.cuh"
@@ -152,7 +152,8 @@ __global__ void sums_kernel(const T *x, const Norm norm, const Strips strips, fl
         // a warp a group: the channels of it that lie here, of every row
         const int here = min(lane.across, packs - left) * N, channel = left * N;
         for (int g = threadIdx.x / 32; g < norm.groups; g += kWarps) {
-            const int low = max(g * members, channel) - channel, high = min((g + 1) * members, channel + here) - channel;
+            const int low = max(g * members, channel) - channel;
+            const int high = min((g + 1) * members, channel + here) - channel;
             double sum = 0.0, square = 0.0;
             const int width = max(high - low, 0);
             for (int i = threadIdx.x % 32; i < width * lane.rows; i += 32) {
@@ -224,7 +225,8 @@ int planar(const T *x, int64_t batch, const Norm &norm, T *y, void *stream) {
     const auto kernel = planar_kernel<T, N>;
     const int shared = staged ? static_cast<int>(bytes) : 0;
     if (shared > 32 * 1024)
-        cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             shared);
     UBGEN_LAUNCH(kernel, static_cast<int>(batch * norm.groups), kThreads, shared, stream, x, norm, staged, y);
     return finish();
 }

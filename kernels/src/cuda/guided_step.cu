@@ -15,8 +15,8 @@ struct Step {
     T *x_next, *e;
 };
 
-// The update reads up to 28 and writes 8 bytes per float32 element and computes almost nothing, so all loads come first.
-// What is absent is the same for every thread: those branches cost nothing.
+// The update reads up to 28 and writes 8 bytes per float32 element and computes almost nothing, so all loads come
+// first. What is absent is the same for every thread: those branches cost nothing.
 template <class T, int N>
 __device__ __forceinline__ void update(const Step<T> &s, int64_t i) {
     const Pack<T, N> x = load<T, N>(s.x + i), u = load<T, N>(s.u + i);

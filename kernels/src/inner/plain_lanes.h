@@ -1,4 +1,4 @@
-// simd.h's vectors for any CPU: arrays of four that the compiler turns into what it has. Included inside its namespaces.
+// simd.h's vectors for any CPU: arrays of four, for the compiler to turn into what it has. Included in its namespaces.
 
 constexpr int kLanes = 4;
 struct F {
@@ -115,7 +115,10 @@ UBGEN_INLINE F load(const uint8_t *p) {
 UBGEN_INLINE void store(float *p, F f) { UBGEN_EACH(p[k] = f.v[k]); }
 UBGEN_INLINE void store(Half *p, F f) { UBGEN_EACH(p[k].bits = float_to_half(f.v[k])); }
 UBGEN_INLINE void store(BFloat16 *p, F f) { UBGEN_EACH(p[k].bits = float_to_bfloat16(f.v[k])); }
-UBGEN_INLINE void store_low_bytes(uint8_t *p, I i) { UBGEN_EACH(p[k] = static_cast<uint8_t>(i.v[k])); }
+UBGEN_INLINE I to_bytes(F f) {  // in the low byte of what kRound makes of it
+    return bits(minimum(maximum(f, broadcast(0.0f)), broadcast(1.0f)) * broadcast(255.0f) + broadcast(kRound));
+}
+UBGEN_INLINE void store_bytes(uint8_t *p, I i) { UBGEN_EACH(p[k] = static_cast<uint8_t>(i.v[k])); }
 UBGEN_INLINE void store_rgb(uint8_t *p, I r, I g, I b) {
     UBGEN_EACH(p[3 * k] = static_cast<uint8_t>(r.v[k]); p[3 * k + 1] = static_cast<uint8_t>(g.v[k]);
                p[3 * k + 2] = static_cast<uint8_t>(b.v[k]));

@@ -79,7 +79,8 @@ void along_width(const Resize &r, const float *columns, float *narrowed) {
 
 // One output row of one channel, `Vectors` vectors wide from x on.
 template <int Vectors>
-UBGEN_INLINE void along_height(const Resize &r, const float *from, const float *weights, float *to, int64_t room, int c) {
+UBGEN_INLINE void along_height(const Resize &r, const float *from, const float *weights, float *to, int64_t room,
+                               int c) {
     const int64_t stride = 3 * out_width(r);
     F sums[Vectors];
     for (F &sum : sums) sum = broadcast(0.0f);

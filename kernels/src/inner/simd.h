@@ -24,7 +24,8 @@ namespace UBGEN_ISA {
 struct Half {
     uint16_t bits;
 };
-struct BFloat16 {  // stores need no care for NaN: one that comes of bfloat16 values, or of arithmetic, has a zero low half
+// Stores need no care for NaN: one that comes of bfloat16 values, or of arithmetic, has a zero low half.
+struct BFloat16 {
     uint16_t bits;
 };
 
@@ -62,16 +63,19 @@ UBGEN_INLINE void store(BFloat16 *p, F v) {
     const I up = _mm512_add_epi32(bits(v), _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
 }
-UBGEN_INLINE void store_low_bytes(uint8_t *p, I v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(v)); }
-
-// The low bytes of kLanes red, green and blue values, interleaved. The second byte of each value must be 0.
-UBGEN_INLINE void store_rgb(uint8_t *p, I r, I g, I b) {
-    const I red = _mm512_and_si512(r, _mm512_set1_epi32(255));
-    const I rgb = _mm512_or_si512(_mm512_or_si512(red, _mm512_slli_epi32(g, 8)), _mm512_slli_epi32(b, 16));
-    const I dense = _mm512_shuffle_epi8(
-        rgb, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1)));
+// v * 255 to the nearest integer, even at a tie; NaN and what lies below 0 become negative, what lies above 1 is 255.
+UBGEN_INLINE I to_bytes(F v) { return _mm512_cvtps_epi32(minimum(broadcast(1.0f), v) * broadcast(255.0f)); }
+UBGEN_INLINE void store_bytes(uint8_t *p, I v) {  // negative ones as 0
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, _mm512_setzero_si512())));
+}
+UBGEN_INLINE void store_rgb(uint8_t *p, I r, I g, I b) {  // the same, interleaved; packing clamps
+    const I planes = _mm512_packus_epi16(_mm512_packs_epi32(r, g), _mm512_packs_epi32(b, b));
+    const I pixels = _mm512_shuffle_epi8(
+        planes, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11, -1, -1, -1, -1)));
     const I order = _mm512_setr_epi32(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 15, 15, 15, 15);
-    _mm512_mask_storeu_epi32(p, 0x0fff, _mm512_permutexvar_epi32(order, dense));
+    const I dense = _mm512_permutexvar_epi32(order, pixels);
+    _mm256_storeu_si256((__m256i *)p, _mm512_castsi512_si256(dense));
+    _mm_storeu_si128((__m128i *)(p + 32), _mm512_extracti32x4_epi32(dense, 2));
 }
 
 UBGEN_INLINE void interleave(F a, F b, F &low, F &high) {
@@ -135,17 +139,17 @@ UBGEN_INLINE void store(BFloat16 *p, F v) {
     const I up = _mm256_add_epi32(bits(v), _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     _mm_storeu_si128((__m128i *)p, low_halves(_mm256_srli_epi32(up, 16)));
 }
-UBGEN_INLINE void store_low_bytes(uint8_t *p, I v) {
-    const __m128i halves = low_halves(_mm256_and_si256(v, _mm256_set1_epi32(255)));
-    _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(halves, halves));
+UBGEN_INLINE I to_bytes(F v) { return _mm256_cvtps_epi32(minimum(broadcast(1.0f), v) * broadcast(255.0f)); }
+UBGEN_INLINE void store_bytes(uint8_t *p, I v) {
+    const I bytes = _mm256_packus_epi16(_mm256_packs_epi32(v, v), _mm256_setzero_si256());
+    const I both = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
+    _mm_storel_epi64((__m128i *)p, _mm256_castsi256_si128(both));
 }
-
 UBGEN_INLINE void store_rgb(uint8_t *p, I r, I g, I b) {
-    const I red = _mm256_and_si256(r, _mm256_set1_epi32(255));
-    const I rgb = _mm256_or_si256(_mm256_or_si256(red, _mm256_slli_epi32(g, 8)), _mm256_slli_epi32(b, 16));
-    const I dense = _mm256_shuffle_epi8(
-        rgb, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1)));
-    const I packed = _mm256_permutevar8x32_epi32(dense, _mm256_setr_epi32(0, 1, 2, 4, 5, 6, 7, 7));
+    const I planes = _mm256_packus_epi16(_mm256_packs_epi32(r, g), _mm256_packs_epi32(b, b));
+    const I pixels = _mm256_shuffle_epi8(
+        planes, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11, -1, -1, -1, -1)));
+    const I packed = _mm256_permutevar8x32_epi32(pixels, _mm256_setr_epi32(0, 1, 2, 4, 5, 6, 7, 7));
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
     _mm_storel_epi64((__m128i *)(p + 16), _mm256_extracti128_si256(packed, 1));
 }

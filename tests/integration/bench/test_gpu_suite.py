@@ -45,7 +45,7 @@ def test_the_reduced_run_goes_through_every_part(tmp_path: Path) -> None:
     assert set(skipped) <= expected, skipped
     calls = {(r["variant"], r["batch"]) for r in parts["denoise"]["rows"] if r["kind"] == "call"}
     both = {"eager", "channels-last", "graph", "graph-native", "onnxruntime"}
-    assert calls == {(name, batch) for name in both for batch in (1, 2)} | {("compile", 2)}
+    assert calls == {(name, batch) for name in both for batch in (1, 2)} | {("compile", 2), ("tuned", 2)}
     loops = {r["variant"] for r in parts["denoise"]["rows"] if r["kind"] == "loop"}
     assert {"eager", "compile"} < loops
     assert {r["network"] for r in parts["score"]["rows"]} == {"CLIP", "Q-Align"}

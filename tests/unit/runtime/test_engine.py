@@ -138,6 +138,10 @@ def test_a_file_that_is_no_graph(engine: Path) -> None:
         (lambda m: m["config"]["spec"].update(device="other"), "spec is sha256:"),
         (lambda m: m["engine"]["parts"].update(format=0), "format is 0 there"),
         (lambda m: m["engine"]["parts"].update(compilers={"gone": "1"}), "compiler 'gone' is not known here"),
+        (
+            lambda m: m["engine"]["parts"].update(compilers={"tensorrt": "10.0.0"}),
+            "compiler 'tensorrt' is not installed|compilers tensorrt is 10.0.0 there",
+        ),
         (lambda m: m.pop("engine"), "not that of an engine"),
     ],
 )
