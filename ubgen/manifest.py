@@ -1,6 +1,5 @@
 """Stage directories: one writer at a time, and a manifest that is written last and atomically."""
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -17,6 +16,8 @@ from typing import Any
 
 from ubgen import __version__
 from ubgen.errors import UserError
+from ubgen.storage import Store, open_store
+from ubgen.storage import atomic_write as atomic_write
 
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
@@ -60,48 +61,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def atomic_write(path: Path, data: bytes | memoryview | str) -> None:
-    """Write `data` (text as UTF-8) to `path` so that a reader or a crash sees the old content or all of the new."""
-    path = Path(path)
-    payload = data.encode() if isinstance(data, str) else data
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_directory(directory: Path) -> None:
-    """The rename itself survives a power cut only once the directory is on disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a directory
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def read_manifest(directory: Path, stage: str | None = None) -> dict[str, Any]:
+def read_manifest(directory: str | Path | Store, stage: str | None = None) -> dict[str, Any]:
     """The manifest of a finished stage directory; UserError if it is missing, broken, or of another stage."""
-    path = Path(directory) / MANIFEST
+    store = open_store(directory)
+    path = store.address(MANIFEST)
     wanted = f"ubgen {stage} directory" if stage else "ubgen stage directory"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(store.read(MANIFEST).decode())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory} is unfinished or not a {wanted} (no {MANIFEST} in it)") from None
     except (UnicodeDecodeError, json.JSONDecodeError):

@@ -1,8 +1,19 @@
 """The dataset format: WebDataset tar shards with a sidecar each, written once, read by index or in order."""
 
 from ubgen.dataset.card import write_card, write_classes
+from ubgen.dataset.index import index_of
+from ubgen.dataset.metadata import is_marked_synthetic, mark_synthetic
 from ubgen.dataset.reader import LabelledImages, Sample, ShardDataset, open_dataset
-from ubgen.dataset.shards import ShardInfo, ShardWriter, encode_image, finished_shard, shard_files, shard_name
+from ubgen.dataset.shards import (
+    ShardInfo,
+    ShardWriter,
+    encode_image,
+    finished_shard,
+    finished_shards,
+    shard_files,
+    shard_name,
+)
+from ubgen.dataset.store import Store, open_store
 
 __all__ = [
     "LabelledImages",
@@ -10,9 +21,15 @@ __all__ = [
     "ShardDataset",
     "ShardInfo",
     "ShardWriter",
+    "Store",
     "encode_image",
     "finished_shard",
+    "finished_shards",
+    "index_of",
+    "is_marked_synthetic",
+    "mark_synthetic",
     "open_dataset",
+    "open_store",
     "shard_files",
     "shard_name",
     "write_card",

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from ubgen.dataset.card import read_classes
-from ubgen.dataset.shards import ShardInfo, finished_shard, shard_files
+from ubgen.dataset.shards import ShardInfo, finished_shards
 from ubgen.errors import UserError
 from ubgen.manifest import MANIFEST, read_manifest
+from ubgen.storage import Store, open_store
 
 
 class Sample(NamedTuple):
@@ -25,49 +27,119 @@ class Sample(NamedTuple):
     meta: dict[str, Any]
 
 
-class ShardDataset(Sequence[Sample]):
-    """The samples of finished shards, in the order in which they were generated. Safe in DataLoader workers."""
+class _Table(NamedTuple):
+    """A shard's samples as arrays: 28 bytes each, where the parsed sidecar takes a kilobyte.
 
-    def __init__(self, path: Path, shards: Sequence[ShardInfo], classes: Sequence[dict[str, Any]]) -> None:
-        self.path = path
+    `labels` (N,) int32; `offsets` (N,2) int64 and `sizes` (N,2) int32 of the image and of KEY.json in the tar.
+    """
+
+    labels: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+
+
+class ShardDataset(Sequence[Sample]):
+    """The samples of finished shards, in the order in which they were generated. Safe in DataLoader workers.
+
+    Opening reads no sample; a shard's table is read when one of its samples is first asked for.
+    """
+
+    def __init__(self, store: Store, shards: Sequence[ShardInfo], classes: Sequence[dict[str, Any]]) -> None:
+        self.store = store
         self.shards = list(shards)
         self.classes = list(classes)
         self._ends = list(itertools.accumulate(shard.count for shard in shards))
+        self._tables: dict[int, _Table] = {}
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: Any) -> Any:
         """Sample `index` (from the end if negative), or a list of samples for a slice."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        shard, entry = self._locate(index)
-        with shard.path.open("rb") as file:
-            return self._read(file, entry)
+        number, row = self._locate(index)
+        label, image, meta = self._row(number, row)
+        # one request for both: they lie side by side
+        start, stop = min(image[0], meta[0]), max(image[1], meta[1])
+        data = self.store.read_range(self.shards[number].tar, start, stop)
+        return self._sample(label, *(data[a - start : b - start] for a, b in (image, meta)))
 
     def __iter__(self) -> Iterator[Sample]:
-        for shard in self.shards:
-            with shard.path.open("rb") as file:
-                for entry in shard.samples:
-                    yield self._read(file, entry)
+        for number, shard in enumerate(self.shards):
+            with self.store.open(shard.tar) as file:
+                for row in range(shard.count):
+                    label, image, meta = self._row(number, row)
+                    yield self._sample(label, *(_bytes(file, *place) for place in (image, meta)))
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """Key, class index and scores of every sample, without opening a tar."""
+        """Key, class index and scores of every sample, without opening a tar; one sidecar at a time in memory."""
         for shard in self.shards:
-            yield from shard.samples
+            yield from shard.samples()
 
-    def _locate(self, index: int) -> tuple[ShardInfo, dict[str, Any]]:
+    def labels(self) -> np.ndarray:
+        """(N,) int32: the class index of every sample."""
+        tables = [self._table(number).labels for number in range(len(self.shards))]
+        return np.concatenate(tables) if tables else np.empty(0, np.int32)
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        """The image of sample `index` as it is stored (JPEG or PNG), and its label."""
+        number, row = self._locate(index)
+        label, image, _ = self._row(number, row)
+        return self.store.read_range(self.shards[number].tar, *image), label
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Number of the shard among ours, and of the sample in it."""
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = bisect.bisect_right(self._ends, position)
-        shard = self.shards[number]
-        return shard, shard.samples[position - self._ends[number] + shard.count]
+        return number, position - self._ends[number] + self.shards[number].count
 
-    def _read(self, file: Any, entry: dict[str, Any]) -> Sample:
-        label = entry["class_index"]
-        image = Image.open(io.BytesIO(_bytes(file, entry["image"]))).convert("RGB")
-        return Sample(image, label, self.classes[label]["name"], json.loads(_bytes(file, entry["json"])))
+    def _row(self, number: int, row: int) -> tuple[int, tuple[int, int], tuple[int, int]]:
+        """Label, and [start, stop) of the image and of KEY.json."""
+        table = self._table(number)
+        starts = table.offsets[row].tolist()
+        image, meta = (
+            (start, start + size) for start, size in zip(starts, table.sizes[row].tolist(), strict=True)
+        )
+        return int(table.labels[row]), image, meta
+
+    def _table(self, number: int) -> _Table:
+        if number not in self._tables:
+            self._tables[number] = _table(self.shards[number], len(self.classes))
+        return self._tables[number]
+
+    def _sample(self, label: int, image: bytes, meta: bytes) -> Sample:
+        return Sample(_decode(image), label, self.classes[label]["name"], json.loads(meta))
+
+
+def _table(shard: ShardInfo, classes: int) -> _Table:
+    """UserError where the sidecar points outside the tar or names a class that there is not."""
+    samples = shard.samples()
+    try:
+        labels = np.array([s["class_index"] for s in samples], np.int32)
+        places = np.array([[s["image"], s["json"]] for s in samples], np.int64).reshape(-1, 2, 2)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise _damaged(shard) from None
+    offsets, sizes = places[..., 0], places[..., 1]
+    inside = (offsets >= 0).all() and (sizes >= 0).all() and (offsets + sizes <= shard.bytes).all()
+    if not inside or not ((labels >= 0) & (labels < classes)).all():
+        raise _damaged(shard)
+    return _Table(labels, offsets.copy(), sizes.astype(np.int32))
+
+
+def _damaged(shard: ShardInfo) -> UserError:
+    return UserError(f"{shard.store.address(shard.sidecar)} is damaged; make the shard again")
+
+
+def _decode(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _bytes(file: Any, start: int, stop: int) -> bytes:
+    file.seek(start)
+    return file.read(stop - start)
 
 
 class LabelledImages:
@@ -78,7 +150,7 @@ class LabelledImages:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Store,
         transform: Callable[[Image.Image], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
     ) -> None:
@@ -86,49 +158,40 @@ class LabelledImages:
         self.transform = transform
         self.target_transform = target_transform
         self.classes = [entry["name"] for entry in self._samples.classes]
-        self.targets = [entry["class_index"] for entry in self._samples.entries()]
+        self.targets: list[int] = self._samples.labels().tolist()
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image, label, *_ = self._samples[index]
+        data, label = self._samples.encoded(index)
+        image = _decode(data)
         return (
             self.transform(image) if self.transform else image,
             self.target_transform(label) if self.target_transform else label,
         )
 
 
-def open_dataset(path: str | Path, *, partial: bool = False) -> ShardDataset:
-    """The finished dataset at `path`; with `partial` also one that is still being written, as far as it got.
+def open_dataset(path: str | Path | Store, *, partial: bool = False) -> ShardDataset:
+    """The finished dataset at `path`, a directory or URL; with `partial` also an unfinished one, as far as it got.
 
     UserError when the directory is unfinished, holds no shards, or a shard is missing or of the wrong size.
     """
-    directory = Path(path)
+    store = open_store(path)
     expected = None
-    if not partial or (directory / MANIFEST).exists():
-        expected = read_manifest(directory, "synth")["dataset"]["shards"]
-    shards = _finished_shards(directory, expected)
+    if not partial or store.size(MANIFEST) is not None:
+        expected = read_manifest(store, "synth")["dataset"]["shards"]
+    shards = _finished_shards(store, expected)
     if not shards:
-        raise UserError(f"{directory} holds no finished shard (shard-000000.tar with its .json)")
-    return ShardDataset(directory, shards, read_classes(directory))
+        raise UserError(f"{store} holds no finished shard (shard-000000.tar with its .json)")
+    return ShardDataset(store, shards, read_classes(store))
 
 
-def _finished_shards(directory: Path, expected: int | None) -> list[ShardInfo]:
-    if expected is None:
-        numbers = sorted(set(shard_files(directory).values()))
-        return [info for i in numbers if (info := finished_shard(directory, i))]
-    infos = [finished_shard(directory, i) for i in range(expected)]
-    missing = [i for i, info in enumerate(infos) if info is None]
-    if missing:
+def _finished_shards(store: Store, expected: int | None) -> list[ShardInfo]:
+    found = finished_shards(store, None if expected is None else range(expected))
+    missing = next((index for index in range(expected or 0) if index not in found), None)
+    if missing is not None:
         raise UserError(
-            f"{directory}: shard {missing[0]} of {expected} is missing or damaged; "
-            "make the dataset again with ubgen-synth --overwrite"
+            f"{store}: shard {missing} of {expected} is missing or damaged; run ubgen-synth again to make it"
         )
-    return [info for info in infos if info]
-
-
-def _bytes(file: Any, place: Sequence[int]) -> bytes:
-    offset, size = place
-    file.seek(offset)
-    return file.read(size)
+    return list(found.values())

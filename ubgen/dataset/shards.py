@@ -1,180 +1,283 @@
-"""Shards: `shard-000000.tar` holds the samples, `shard-000000.json` beside it says that it is whole.
+"""Shards: `shard-000000.tar` holds the samples, `.idx` is DALI's index of it, `.json` says that both are whole.
 
 A sample is three members with one key: `KEY.jpg` (or .png), `KEY.cls` (the class index as text) and `KEY.json`.
 Keys are digits made from the sample's place in the dataset, never from a class name, so that no name can do harm.
+
+The sidecar is one JSON object whose head says enough to tell a whole shard, so that thousands are looked through
+quickly: shard, count, bytes (of the tar), sha256 (of the tar), extension (of the images), rest (bytes of the sidecar
+from `"samples"` to its end), then samples and rejected.
 """
 
 import hashlib
 import io
 import json
-import os
+import math
 import re
-import tarfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 
-from ubgen.manifest import atomic_write
+from ubgen.dataset.index import index_line, index_text
+from ubgen.dataset.metadata import mark_synthetic
+from ubgen.dataset.tar import BLOCK, archive_end, member, padded
+from ubgen.errors import UserError
+from ubgen.storage import Store, open_store
 
 JPEG_QUALITY = 95
 EXTENSIONS = ("jpg", "png")
-_FILE = re.compile(r"shard-(\d{6,})\.(?:tar|json)|\.shard-(\d{6,})\.tar\.tmp")
+_FILE = re.compile(r"shard-(\d{6,})\.(?:tar|idx|json)|\.shard-(\d{6,})\.(?:tar|idx|json)\..+\.tmp")
+_SAMPLES = b'"samples":'
+_HEAD = 1024  # bytes that hold the sidecar's head
+_META = json.JSONEncoder(sort_keys=True, allow_nan=False).encode
+_ENTRY = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def shard_name(index: int) -> str:
     return f"shard-{index:06d}"
 
 
-def shard_files(directory: Path) -> dict[Path, int]:
-    """Every tar, sidecar and unfinished tar in `directory`, with its shard's number."""
-    matches = ((path, _FILE.fullmatch(path.name)) for path in sorted(directory.glob("*shard-*")))
-    return {path: int(match[1] or match[2]) for path, match in matches if match}
+def shard_files(names: Iterable[str]) -> dict[str, int]:
+    """Those of `names` that are files of shards, with the shard's number: tars, indices, sidecars, and what killed
+    writers left of them."""
+    matches = ((name, _FILE.fullmatch(name)) for name in names)
+    return {name: int(match[1] or match[2]) for name, match in matches if match}
 
 
-def encode_image(image: Image.Image, extension: str) -> bytes:
-    """PNG (lossless), or JPEG of quality 95 without chroma subsampling."""
+def encode_image(image: Image.Image | np.ndarray, extension: str) -> bytes:
+    """PNG (lossless), or JPEG of quality 95 without chroma subsampling; both say that the image is synthetic.
+
+    `image` may be an array (H,W,3) of uint8.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
     buffer = io.BytesIO()
     if extension == "png":
         image.save(buffer, "PNG", compress_level=6)
     else:
         image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return buffer.getvalue()
+    return mark_synthetic(buffer.getvalue())
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """A finished shard as its sidecar describes it.
+    """A finished shard, as the head of its sidecar describes it."""
 
-    Each entry of `samples` has "key", "class_index", "image" and "json" ([offset, size] of the bytes in the tar),
-    and whatever scores the writer was given.
-    """
-
-    path: Path
+    store: Store
+    index: int
     count: int
     bytes: int
+    """Size of the tar."""
     sha256: str
-    samples: list[dict[str, Any]]
+    """Of the tar, hexadecimal."""
+    extension: str
+    """Of the images: jpg or png."""
+
+    @property
+    def tar(self) -> str:
+        return f"{shard_name(self.index)}.tar"
+
+    @property
+    def sidecar(self) -> str:
+        return f"{shard_name(self.index)}.json"
+
+    def samples(self) -> list[dict[str, Any]]:
+        """An entry for each sample, read from the sidecar now; UserError if it is damaged.
+
+        Each has "key", "class_index", its scores (None where one was not finite), "flag" where the sample was kept
+        although it was not acceptable, and "image", "cls" and "json": [offset, size] of the bytes in the tar.
+        """
+        return self._list("samples", self.count)
+
+    def rejected(self) -> list[dict[str, Any]]:
+        """The ledger: what was drawn and rejected while this shard was made."""
+        return self._list("rejected")
+
+    def _list(self, name: str, count: int | None = None) -> list[dict[str, Any]]:
+        try:
+            entries = json.loads(self.store.read(self.sidecar))[name]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            entries = None
+        if not isinstance(entries, list) or count not in (None, len(entries)):
+            raise UserError(f"{self.store.address(self.sidecar)} is damaged; make the shard again")
+        return entries
 
 
 class ShardWriter:
-    """Writes one shard; use it as a context manager.
+    """Writes one shard to a directory or URL; use it as a context manager.
 
-    The tar grows under a temporary name; leaving the block flushes it to disk, renames it, and only then writes the
-    sidecar. After an exception the temporary file is removed and nothing else is touched. The bytes depend on the
-    samples alone: no times, users or machine names are stored.
+    The tar grows under a temporary name (for object storage: in a local temporary file). Leaving the block flushes it
+    to disk and puts it in place, then the index, and only then the sidecar. After an exception nothing is put in
+    place. The bytes depend on the samples alone: no times, users or machine names are stored.
     """
 
-    def __init__(self, directory: str | Path, index: int, extension: str = "jpg") -> None:
+    def __init__(self, out: str | Path | Store, index: int, extension: str = "jpg") -> None:
         if extension not in EXTENSIONS:
             raise ValueError(f"extension must be one of {EXTENSIONS}, not {extension!r}")
-        self._path = Path(directory) / f"{shard_name(index)}.tar"
-        self._temporary = self._path.with_name(f".{self._path.name}.tmp")
+        self._store = open_store(out)
+        self._name = shard_name(index)
         self._extension = extension
-        self._samples: list[dict[str, Any]] = []
-        self._keys: set[str] = set()
+        self._digest = hashlib.sha256()
+        self._offset = 0
+        self._last = -1
+        # kept as text: a million dictionaries would not be small
+        self._samples: list[str] = []
+        self._rejected: list[str] = []
+        self._index: list[str] = []
+        self._stack = ExitStack()
 
     def __enter__(self) -> "ShardWriter":
-        self._file = self._temporary.open("wb+")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._file: BinaryIO = self._stack.enter_context(self._store.new_file(f"{self._name}.tar"))
         return self
 
     def write(
         self,
         position: int,
-        image: Image.Image | bytes,
+        image: Image.Image | np.ndarray | bytes,
         class_index: int,
         meta: Mapping[str, Any],
         scores: Mapping[str, float] | None = None,
+        flag: str | None = None,
     ) -> None:
-        """Add a sample. `position` is its number in the dataset; `image` may be encoded already.
+        """Add a sample. `position` is its number in the dataset, larger than that of the sample before.
 
-        `meta` goes to KEY.json, where `class_index` and `scores` are added; the scores go to the sidecar too.
+        `image` may be encoded already; its bytes are then taken as they are. `meta` goes to KEY.json, where
+        `class_index`, `scores` and `flag` are added; these go to the sidecar too. A score that is not finite is
+        stored as null. `flag` says why a sample that is not acceptable was kept.
         """
+        if position <= self._last:
+            raise ValueError(
+                f"{self._name}: position {position} comes after {self._last}; they must increase"
+            )
         key = f"{position:09d}"
-        if key in self._keys:
-            raise ValueError(f"{self._path.name}: a sample at position {position} is already there")
-        self._keys.add(key)
-        scores = dict(scores or {})
-        data = image if isinstance(image, bytes) else encode_image(image, self._extension)
-        about = {**meta, **scores, "class_index": class_index}
-        self._samples.append(
-            {
-                "key": key,
-                "class_index": class_index,
-                **scores,
-                "image": self._add(f"{key}.{self._extension}", data),
-                "cls": self._add(f"{key}.cls", str(class_index).encode()),
-                "json": self._add(f"{key}.json", json.dumps(about, sort_keys=True).encode()),
-            }
-        )
+        about: dict[str, Any] = {"class_index": class_index, **_finite(scores or {})}
+        if flag is not None:
+            about["flag"] = flag
+        members = {
+            self._extension: image if isinstance(image, bytes) else encode_image(image, self._extension),
+            "cls": str(class_index).encode(),
+            "json": _META({**meta, **about}).encode(),
+        }
+        places = self._add(key, members)
+        first, *others = places.values()
+        entry = {"key": key, **about, "image": first, **dict(zip(("cls", "json"), others, strict=True))}
+        self._samples.append(_ENTRY(entry))
+        self._index.append(index_line(key, places))
+        self._last = position
+
+    def reject(self, entry: Mapping[str, Any]) -> None:
+        """Add a line to the ledger: class_index, image_index, attempt, reason and scores of a rejected draw."""
+        self._rejected.append(_ENTRY(_finite(entry)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
         try:
-            if kind is None:
-                with _named(self._path):
-                    self._finish()
-        finally:
-            with suppress(OSError):  # on a full disk, closing tries once more to write what is left
-                self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            self._append(archive_end(self._offset))
+        except BaseException as failure:
+            self._stack.__exit__(type(failure), failure, failure.__traceback__)
+            raise
+        self._drop_another_sidecar()
+        self._stack.close()
+        self._store.write(f"{self._name}.idx", index_text(self._index))
+        self._store.write(f"{self._name}.json", self._sidecar())
 
-    def _add(self, name: str, data: bytes) -> list[int]:
-        """[offset, size] of the member's bytes."""
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        with _named(self._path):
-            self._tar.addfile(member, io.BytesIO(data))
-        return [self._tar.offset - _padded(len(data)), len(data)]
+    def _add(self, key: str, members: Mapping[str, bytes]) -> dict[str, list[int]]:
+        """[offset, size] of each member's bytes."""
+        places = {}
+        parts = []
+        offset = self._offset
+        for extension, data in members.items():
+            parts += member(f"{key}.{extension}", data)
+            places[extension] = [offset + BLOCK, len(data)]
+            offset += BLOCK + padded(len(data))
+        self._append(b"".join(parts))
+        return places
 
-    def _finish(self) -> None:
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.seek(0)
-        digest = hashlib.file_digest(self._file, "sha256").hexdigest()
-        size = self._file.seek(0, os.SEEK_END)
-        os.replace(self._temporary, self._path)
-        sidecar = {
-            "shard": self._path.name,
+    def _append(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+        self._offset += len(data)
+
+    def _drop_another_sidecar(self) -> None:
+        """One that describes another tar could fit this one by its size, if the run ended before ours is written."""
+        name = f"{self._name}.json"
+        with suppress(FileNotFoundError):
+            if self._digest.hexdigest().encode() not in self._store.read_range(name, 0, _HEAD):
+                self._store.delete(name)
+
+    def _sidecar(self) -> str:
+        rest = f'"samples":[{",".join(self._samples)}],"rejected":[{",".join(self._rejected)}]}}\n'
+        head = {
+            "shard": f"{self._name}.tar",
             "count": len(self._samples),
-            "bytes": size,
-            "sha256": digest,
-            "samples": self._samples,
+            "bytes": self._offset,
+            "sha256": self._digest.hexdigest(),
+            "extension": self._extension,
+            "rest": len(rest),
         }
-        # also flushes the directory, and with it the rename of the tar
-        text = json.dumps(sidecar, separators=(",", ":"))
-        atomic_write(self._path.with_suffix(".json"), text + "\n")
+        return f"{_ENTRY(head)[:-1]},{rest}"
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """An error from writing to an open file does not say which file it was."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+def _finite(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in scores.items()
+    }
 
 
-def _padded(size: int) -> int:
-    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+def finished_shard(where: str | Path | Store, index: int) -> ShardInfo | None:
+    """The shard if it is finished: tar and sidecar are there, both of the size that the sidecar states."""
+    return finished_shards(where, [index]).get(index)
 
 
-def finished_shard(directory: str | Path, index: int) -> ShardInfo | None:
-    """The shard's sidecar if the shard is finished: both files are there and the tar has the stated size."""
+def finished_shards(where: str | Path | Store, indices: Iterable[int] | None = None) -> dict[int, ShardInfo]:
+    """The finished shards among `indices` (default: among all that are there), by index in increasing order.
+
+    Only the head of each sidecar is read.
+    """
+    store = open_store(where)
+    if indices is None:
+        indices = sorted(
+            {index for name, index in shard_files(store.names()).items() if name.endswith(".json")}
+        )
+    wanted = list(indices)
+    names = [f"{shard_name(index)}{ending}" for index in wanted for ending in (".tar", ".json")]
+    sizes: Mapping[str, int | None]
+    sizes = store.sizes() if len(wanted) > 1 else {name: store.size(name) for name in names}
+    there = [i for i in wanted if all(sizes.get(f"{shard_name(i)}{ending}") for ending in (".tar", ".json"))]
+    heads = store.read_starts([f"{shard_name(index)}.json" for index in there], _HEAD)
+    infos = ((index, _info(store, index, head, sizes)) for index, head in zip(there, heads, strict=True))
+    return {index: info for index, info in infos if info}
+
+
+def _info(store: Store, index: int, start: bytes, sizes: Mapping[str, int | None]) -> ShardInfo | None:
+    """None unless `start` is the beginning of a sidecar and both files have the size that it states."""
+    cut = start.find(_SAMPLES)
     name = shard_name(index)
-    tar = Path(directory) / f"{name}.tar"
     try:
-        sidecar = json.loads((Path(directory) / f"{name}.json").read_text(encoding="utf-8"))
-        info = ShardInfo(tar, sidecar["count"], sidecar["bytes"], sidecar["sha256"], sidecar["samples"])
-        whole = tar.stat().st_size == info.bytes and len(info.samples) == info.count
-    except (OSError, ValueError, KeyError, TypeError):
+        head = json.loads(start[: max(cut, 1) - 1] + b"}")
+        info = ShardInfo(store, index, head["count"], head["bytes"], head["sha256"], head["extension"])
+        whole = head["shard"] == info.tar and sizes[f"{name}.json"] == cut + head["rest"]
+    except (ValueError, KeyError, TypeError):
         return None
-    return info if whole else None
+    return info if whole and sizes[f"{name}.tar"] == info.bytes and _plausible(info) else None
+
+
+def _plausible(info: ShardInfo) -> bool:
+    """The types of a head that someone may have edited."""
+    return (
+        type(info.count) is int
+        and info.count >= 0
+        and type(info.bytes) is int
+        and isinstance(info.sha256, str)
+    ) and info.extension in EXTENSIONS
