@@ -1,51 +1,141 @@
-"""What lies beside the shards: the class index and the dataset card."""
+"""What lies beside the shards: the class index, and the dataset card that Hugging Face reads."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ubgen.errors import UserError
-from ubgen.manifest import atomic_write
+from ubgen.storage import Store, open_store
 
 CLASSES = "classes.json"
 CARD = "README.md"
+SYNTHETIC = (
+    "All images are synthetic: a diffusion model generated them. None shows a real scene, person or object."
+)
 _SIZES = (
     (10**3, "n<1K"),
     (10**4, "1K<n<10K"),
     (10**5, "10K<n<100K"),
     (10**6, "100K<n<1M"),
     (10**7, "1M<n<10M"),
+    (10**8, "10M<n<100M"),
+    (10**9, "100M<n<1B"),
 )
+# licence ids of the Hub that are whole names; its families ("cc", "gpl") say too little to be matched
+_LICENCES = (
+    " afl-3.0 apache-2.0 bsd-2-clause bsd-3-clause bsl-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 "
+    "cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 "
+    "cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0 "
+    "creativeml-openrail-m etalab-2.0 gpl-3.0 mit odbl odc-by openrail openrail++ pddl unlicense "
+)
+_LISTED = 20
 
 
-def write_classes(directory: Path, ids: Sequence[str], names: Sequence[str], prompts: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class CardFacts:
+    """What a dataset says of itself in README.md and croissant.json. Texts may be anything; they are made harmless."""
+
+    title: str
+    images: int
+    classes: int
+    shards: int
+    extension: str
+    """"jpg" or "png"."""
+    per_class: int
+    sampler: str
+    """For example "PNDM, 50 steps, guidance 2.0"."""
+    seed: int
+    prompt: str
+    """How prompts were made, for example "the class name"."""
+    engine_key: str
+    lora_hash: str = ""
+    """Content hash of the LoRA; empty without one."""
+    base_model: str = ""
+    licence: str = ""
+    """Free text: an id that the Hub knows ("cc-by-4.0"), a name or an address."""
+    stats: Mapping[str, Any] = field(default_factory=dict)
+    """Of `dataset_stats`."""
+
+
+def write_classes(
+    where: str | Path | Store, ids: Sequence[str], names: Sequence[str], prompts: Sequence[str]
+) -> None:
     """classes.json: index, id, name and prompt of every class, in label order."""
     rows = zip(ids, names, prompts, strict=True)
     entries = [{"index": i, "id": c, "name": n, "prompt": p} for i, (c, n, p) in enumerate(rows)]
-    atomic_write(directory / CLASSES, json.dumps(entries, indent=1) + "\n")
+    open_store(where).write(CLASSES, json.dumps(entries, indent=1) + "\n")
 
 
-def read_classes(directory: Path) -> list[dict[str, Any]]:
-    path = directory / CLASSES
+def read_classes(where: str | Path | Store) -> list[dict[str, Any]]:
+    store = open_store(where)
+    path = store.address(CLASSES)
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(store.read(CLASSES))
         names = [entry["name"] for entry in entries]
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; {directory} is not a ubgen dataset") from None
+        raise UserError(f"{path} is missing; {store} is not a ubgen dataset") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a list of classes; run ubgen-synth again") from None
     return entries if names else []
 
 
-def write_card(directory: Path, title: str, facts: dict[str, str], images: int, classes: int) -> None:
-    """README.md with the metadata block that Hugging Face reads. `facts` become a table of settings and figures."""
-    size = next((label for limit, label in _SIZES if images < limit), "n>10M")
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items())
-    atomic_write(
-        directory / CARD,
-        f"""---
-pretty_name: {json.dumps(title)}
+def write_card(where: str | Path | Store, facts: CardFacts) -> None:
+    """README.md, with the metadata block that `huggingface_hub` and `datasets` read. Needs classes.json."""
+    store = open_store(where)
+    store.write(CARD, card_text(facts, [entry["name"] for entry in read_classes(store)]))
+
+
+def card_text(facts: CardFacts, class_names: Sequence[str]) -> str:
+    parts = [_metadata(facts), f"# {escape(facts.title)}", _introduction(facts), _table(_provenance(facts))]
+    if scores := _scores(facts.stats):
+        parts += ["## Scores", scores]
+    parts += ["## Classes", _class_list(class_names), "## Reading it", _reading(facts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def plain(text: object, limit: int = 200) -> str:
+    """One line of printable characters: no controls, line breaks, direction marks or lone surrogates."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def escape(text: object, limit: int = 200) -> str:
+    """`text` as one line of Markdown that shows it as it is: neither markup, HTML, link nor table break."""
+    line = plain(text, limit).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]()#|~$!]|(?<=:)//)", r"\\\1", line)
+
+
+def shard_pattern(facts: CardFacts) -> str:
+    return f"shard-{{000000..{max(0, facts.shards - 1):06d}}}.tar"
+
+
+def licence_fields(licence: str) -> dict[str, str]:
+    """The Hub's license, license_name and license_link for a free text."""
+    text = plain(licence)
+    slug = re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-")
+    if not text:
+        return {"license": "unknown"}
+    if f" {slug} " in _LICENCES:
+        return {"license": slug}
+    fields = {"license": "other", "license_name": slug or "other"}
+    return {**fields, "license_link": text} if re.fullmatch(r"https?://\S+", text) else fields
+
+
+def _metadata(facts: CardFacts) -> str:
+    size = next((label for limit, label in _SIZES if facts.images < limit), "1B<n<10B")
+    licence = "\n".join(f"{name}: {_yaml(value)}" for name, value in licence_fields(facts.licence).items())
+    return f"""---
+pretty_name: {_yaml(facts.title)}
+language:
+- en
+{licence}
+annotations_creators:
+- machine-generated
+source_datasets:
+- original
 task_categories:
 - image-classification
 size_categories:
@@ -54,29 +144,94 @@ tags:
 - synthetic
 - webdataset
 - ubgen
----
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: "shard-*.tar"
+---"""
 
-# {_cell(title)}
 
-{images} synthetic images of {classes} classes, generated with ubgen. No image shows a real scene.
+def _yaml(text: object) -> str:
+    """A JSON string is a YAML string, where no character needs JSON's pairs of escapes."""
+    return json.dumps(plain(text), ensure_ascii=False)
 
-| | |
-| --- | --- |
-{table}
 
-`shard-*.tar` are WebDataset shards: each sample is an image, `.cls` (the class index) and `.json` (class, prompt,
-identity and scores). `shard-*.json` hold the checksum and the scores of each shard, `classes.json` the class index.
+def _introduction(facts: CardFacts) -> str:
+    return f"{facts.images} images of {facts.classes} classes, generated with ubgen.\n\n**{SYNTHETIC}**"
+
+
+def _provenance(facts: CardFacts) -> dict[str, object]:
+    rejected = facts.stats.get("rejected", {})
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in rejected.items())
+    return {
+        "images per class": facts.per_class,
+        "shards": facts.shards,
+        "base model": facts.base_model or "not stated",
+        "LoRA": facts.lora_hash or "none",
+        "engine": facts.engine_key,
+        "sampler": facts.sampler,
+        "prompt": facts.prompt,
+        "seed": facts.seed,
+        "licence": facts.licence or "not stated",
+        "images kept with a flag": facts.stats.get("flagged", 0),
+        "images drawn again": f"{sum(rejected.values())} ({reasons})" if rejected else 0,
+    }
+
+
+def _table(rows: Mapping[str, object]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {escape(k)} | {escape(v)} |" for k, v in rows.items())])
+
+
+def _scores(stats: Mapping[str, Any]) -> str:
+    titles = {
+        "clip_similarity": 'CLIP similarity to "photo of {class}" (-1 to 1)',
+        "quality": "Q-Align score (1 bad to 5 excellent)",
+    }
+    figures = ("mean", "std", "min", "max")
+    rows = [
+        f"| {escape(titles.get(name, name))} | " + " | ".join(f"{stats[name][f]:.4f}" for f in figures) + " |"
+        for name in stats.get("scores", ())
+        if stats[name]["count"]
+    ]
+    header = [
+        "| score | mean | standard deviation | smallest | largest |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    return "\n".join([*header, *rows]) if rows else ""
+
+
+def _class_list(names: Sequence[str]) -> str:
+    lines = [f"- {i}: {escape(name, 80)}" for i, name in enumerate(names[:_LISTED])]
+    if len(names) > _LISTED:
+        lines.append(f"- and {len(names) - _LISTED} more in `{CLASSES}`")
+    return "\n".join(lines)
+
+
+def _reading(facts: CardFacts) -> str:
+    return f"""`shard-*.tar` are WebDataset shards. A sample is an image (`.{facts.extension}`), `.cls` (the class
+index as text) and `.json` (class, prompt, identity and scores). `shard-*.idx` are DALI's index files; `shard-*.json`
+hold checksum and scores of each shard, `samples.csv` label and scores of every image, `{CLASSES}` the class index,
+`rejections.jsonl` the images that were drawn again, and why.
 
 ```python
-import webdataset as wds
-samples = wds.WebDataset("shard-{{000000..{max(0, int(facts.get("shards", "1")) - 1):06d}}}.tar", shardshuffle=False)
-for image, label in samples.decode("pil").to_tuple("jpg;png", "cls"):
+import webdataset as wds  # in the order of the files
+
+data = wds.WebDataset("{shard_pattern(facts)}", shardshuffle=False)
+for image, label in data.decode("pil").to_tuple("{facts.extension}", "cls"):
     ...
 ```
-""",
-    )
 
+```python
+from datasets import load_dataset  # Hugging Face
 
-def _cell(text: str) -> str:
-    """One line, no table breaks: class lists may have any name."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+for sample in load_dataset("webdataset", data_files="shard-*.tar", split="train", streaming=True):
+    image, label = sample["{facts.extension}"], sample["cls"]
+```
+
+```python
+from torchvision.datasets import ImageFolder  # after: ubgen-dataset convert . ../folder --to folder
+
+for image, label in ImageFolder("../folder"):
+    ...
+```"""
