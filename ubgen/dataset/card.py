@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ubgen.dataset.text import escape, plain, score_titles
 from ubgen.errors import UserError
 from ubgen.storage import Store, open_store
 
@@ -96,18 +97,6 @@ def card_text(facts: CardFacts, class_names: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def plain(text: object, limit: int = 200) -> str:
-    """One line of printable characters: no controls, line breaks, direction marks or lone surrogates."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    return line if len(line) <= limit else f"{line[: limit - 1]}…"
-
-
-def escape(text: object, limit: int = 200) -> str:
-    """`text` as one line of Markdown that shows it as it is: neither markup, HTML, link nor table break."""
-    line = plain(text, limit).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]()#|~$!]|(?<=:)//)", r"\\\1", line)
-
-
 def shard_pattern(facts: CardFacts) -> str:
     return f"shard-{{000000..{max(0, facts.shards - 1):06d}}}.tar"
 
@@ -184,13 +173,9 @@ def _table(rows: Mapping[str, object]) -> str:
 
 
 def _scores(stats: Mapping[str, Any]) -> str:
-    titles = {
-        "clip_similarity": 'CLIP similarity to "photo of {class}" (-1 to 1)',
-        "quality": "Q-Align score (1 bad to 5 excellent)",
-    }
     figures = ("mean", "std", "min", "max")
     rows = [
-        f"| {escape(titles.get(name, name))} | " + " | ".join(f"{stats[name][f]:.4f}" for f in figures) + " |"
+        f"| {escape(score_titles(name)[1])} | " + " | ".join(f"{stats[name][f]:.4f}" for f in figures) + " |"
         for name in stats.get("scores", ())
         if stats[name]["count"]
     ]

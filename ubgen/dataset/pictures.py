@@ -1,0 +1,218 @@
+"""Pictures for the user to look at: contact sheets, score histograms, throughput over time."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ubgen.dataset.charts import score_figure, throughput_figure
+from ubgen.dataset.metadata import mark_synthetic
+from ubgen.dataset.reader import ShardDataset
+from ubgen.dataset.stats import dataset_stats
+from ubgen.dataset.text import plain, safe_names, score_titles
+from ubgen.storage import Store, open_store
+
+SHEET = "contact-sheet.png"
+SHEETS = "contact-sheets"
+SCORES = "scores.png"
+THROUGHPUT = "throughput.png"
+_ROWS, _COLUMNS = 40, 8
+_PER_CLASS, _MOST_CLASSES = 64, 100
+_CELL, _LABEL, _GAP, _HEADER = 96, 190, 4, 50
+_READERS = 8
+
+
+def write_pictures(
+    dataset: ShardDataset,
+    out: str | Path | Store,
+    throughput: Sequence[tuple[float, int]] | None = None,
+    stats: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Names of the PNG files written to `out`.
+
+    contact-sheet.png: the first 8 images of the first 40 classes. contact-sheets/ID.png: the first 64 images of a
+    class; of more than 100 classes, only of the 100 with the lowest mean score, as each sheet says. scores.png:
+    histograms of the scores, and the classes' means. throughput.png: from `throughput`, pairs of seconds since the start and images done by then.
+    `stats` is what `dataset_stats` gave for `dataset`, if the caller has it.
+    """
+    store = open_store(out)
+    stats = stats or dataset_stats(dataset)
+    chosen, note = _chosen_classes(stats)
+    places = _first_images(dataset, {*chosen, *range(min(len(dataset.classes), _ROWS))})
+    with ThreadPoolExecutor(_READERS) as readers:
+        store.write(SHEET, _png(_overview(dataset, places, readers)))
+        written = [SHEET, *_write_class_sheets(dataset, store, chosen, places, stats, note, readers)]
+    if drawn := score_figure(stats):
+        store.write(SCORES, drawn)
+        written.append(SCORES)
+    if throughput and (drawn := throughput_figure(throughput)):
+        store.write(THROUGHPUT, drawn)
+        written.append(THROUGHPUT)
+    return written
+
+
+def directory_in(store: Store, name: str) -> Store:
+    """The directory `name` in a store; it is made where directories have to be made."""
+    inner = open_store(store.address(name))
+    if inner.local_path:
+        inner.local_path.mkdir(exist_ok=True)
+    return inner
+
+
+def _chosen_classes(stats: Mapping[str, Any]) -> tuple[list[int], str]:
+    """The classes that get a sheet of their own, and why these if not all do."""
+    classes = len(stats["class_counts"])
+    scores = [
+        name for name in ("quality", *stats["scores"]) if name in stats["scores"] and stats[name]["count"]
+    ]
+    if classes <= _MOST_CLASSES:
+        return list(range(classes)), ""
+    if not scores:
+        return list(range(_MOST_CLASSES)), f"one of the first {_MOST_CLASSES} of {classes} classes"
+    means = [np.inf if mean is None else mean for mean in stats[scores[0]]["class_means"]]
+    lowest = np.argsort(means, kind="stable")[:_MOST_CLASSES]
+    title = score_titles(scores[0])[0]
+    return lowest.tolist(), f"one of the {_MOST_CLASSES} of {classes} classes with the lowest mean {title}"
+
+
+def _first_images(dataset: ShardDataset, classes: set[int]) -> dict[int, list[int]]:
+    """Up to 64 places in the dataset for each class, the first ones; reads no more sidecars than it must."""
+    places: dict[int, list[int]] = {label: [] for label in classes}
+    missing = set(classes)
+    for place, entry in enumerate(dataset.entries()):
+        label = entry["class_index"]
+        if label in missing:
+            places[label].append(place)
+            if len(places[label]) == _PER_CLASS:
+                missing.remove(label)
+                if not missing:
+                    break
+    return places
+
+
+def _overview(
+    dataset: ShardDataset, places: Mapping[int, list[int]], readers: ThreadPoolExecutor
+) -> Image.Image:
+    rows = min(len(dataset.classes), _ROWS)
+    columns = min(max((len(places[row]) for row in range(rows)), default=0), _COLUMNS)
+    step = _CELL + _GAP
+    sheet = Image.new("RGB", (_LABEL + columns * step, rows * step + _GAP), "white")
+    for row in range(rows):
+        top = _GAP + row * step
+        _draw_lines(sheet, _wrap(dataset.classes[row]["name"], _LABEL - 3 * _GAP), top + _CELL // 2)
+        for column, image in enumerate(_thumbnails(dataset, places[row][:_COLUMNS], readers)):
+            sheet.paste(image, (_LABEL + column * step, top))
+    return sheet
+
+
+def _write_class_sheets(
+    dataset: ShardDataset,
+    store: Store,
+    chosen: Sequence[int],
+    places: Mapping[int, list[int]],
+    stats: Mapping[str, Any],
+    note: str,
+    readers: ThreadPoolExecutor,
+) -> Iterator[str]:
+    sheets = directory_in(store, SHEETS)
+    files = [f"{name}.png" for name in safe_names([entry["id"] for entry in dataset.classes])]
+    for old in set(sheets.names()) - {files[label] for label in chosen}:
+        if old.endswith(".png"):
+            sheets.delete(old)  # of an earlier run with other classes
+    for label in chosen:
+        sheet = _class_sheet(list(_thumbnails(dataset, places[label], readers)))
+        _draw_header(sheet, dataset.classes[label], _about(label, stats, note))
+        sheets.write(files[label], _png(sheet))
+        yield f"{SHEETS}/{files[label]}"
+
+
+def _class_sheet(images: Sequence[Image.Image]) -> Image.Image:
+    rows = -(-len(images) // _COLUMNS)
+    step = _CELL + _GAP
+    sheet = Image.new("RGB", (_COLUMNS * step + _GAP, _HEADER + rows * step + _GAP), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (_GAP + i % _COLUMNS * step, _HEADER + i // _COLUMNS * step))
+    return sheet
+
+
+def _draw_header(sheet: Image.Image, entry: Mapping[str, Any], about: str) -> None:
+    draw = ImageDraw.Draw(sheet)
+    width = sheet.width - 2 * _GAP
+    name = plain(entry["name"])
+    title = name if plain(entry["id"]) == name else f"{name}  ({plain(entry['id'], 40)})"
+    draw.text((_GAP, 4), _cut(title, width, 17), fill="black", font=_font(17))
+    draw.text((_GAP, 28), _cut(about, width, 12), fill="#555555", font=_font(12))
+
+
+def _about(label: int, stats: Mapping[str, Any], note: str) -> str:
+    means = [(score_titles(name)[0], stats[name]["class_means"][label]) for name in stats["scores"]]
+    figures = [f"mean {title} {mean:.3f}" for title, mean in means if mean is not None]
+    return "; ".join(
+        [f"class {label}, {stats['class_counts'][label]} images", *figures, *filter(None, [note])]
+    )
+
+
+def _thumbnails(
+    dataset: ShardDataset, places: Sequence[int], readers: ThreadPoolExecutor
+) -> Iterator[Image.Image]:
+    return readers.map(lambda place: _thumbnail(dataset.encoded(place)[0]), places)
+
+
+def _thumbnail(data: bytes) -> Image.Image:
+    """Small images are enlarged without smoothing: their pixels are what there is to see."""
+    image = Image.open(io.BytesIO(data))
+    image.draft("RGB", (_CELL, _CELL))  # JPEG only: decodes no more than is shown
+    method = Image.Resampling.NEAREST if image.width < _CELL else Image.Resampling.LANCZOS
+    return image.convert("RGB").resize((_CELL, _CELL), method)
+
+
+@cache
+def _font(size: int) -> Any:
+    """matplotlib's own DejaVu Sans, which has far more scripts than Pillow's default font."""
+    import matplotlib
+
+    file = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    # the basic layout cannot fail, whatever the text
+    return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _cut(text: str, width: int, size: int) -> str:
+    """`text`, shortened to `width` pixels."""
+    font = _font(size)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """At most 4 lines of at most `width` pixels, broken between words where that is possible."""
+    lines: list[str] = [""]
+    for word in plain(text, 120).split(" "):
+        joined = f"{lines[-1]} {word}".strip()
+        if _font(13).getlength(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines.append(word)
+    lines = [line for line in lines if line]
+    if len(lines) > 4:
+        lines = [*lines[:3], " ".join(lines[3:])]
+    return [_cut(line, width, 13) for line in lines]
+
+
+def _draw_lines(sheet: Image.Image, lines: Sequence[str], middle: int) -> None:
+    draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(lines):
+        draw.text((_GAP, middle - 8 * len(lines) + 16 * i), line, fill="black", font=_font(13))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=3)
+    return mark_synthetic(buffer.getvalue())

@@ -1,0 +1,43 @@
+"""Class names and ids are free text; what is shown, or becomes the name of a file, is made harmless here."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+_SAFE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?")
+_SCORES = {
+    "clip_similarity": ("CLIP similarity", 'CLIP similarity to "photo of {class}", -1 to 1'),
+    "quality": ("Q-Align score", "Q-Align score, 1 (bad) to 5 (excellent)"),
+}
+
+
+def score_titles(name: str) -> tuple[str, str]:
+    """A short title, and a full one with the range, for a score of the sidecars."""
+    return _SCORES.get(name, (plain(name, 40), plain(name, 40)))
+
+
+def plain(text: object, limit: int = 200) -> str:
+    """One line of printable characters: no controls, line breaks, direction marks or lone surrogates."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def escape(text: object, limit: int = 200) -> str:
+    """`text` as one line of Markdown that shows it as it is: neither markup, HTML, link nor table break."""
+    line = plain(text, limit).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]()#|~$!]|(?<=:)//)", r"\\\1", line)
+
+
+def safe_names(ids: Sequence[str]) -> list[str]:
+    """A file name for each class: its id where that is safe on every file system, or "class-" and its index.
+
+    Safe are up to 100 ASCII letters, digits, dots, dashes and underscores, not dots at the ends; ids that differ in
+    case alone are not. No two names are the same.
+    """
+    folded = Counter(name.lower() for name in ids)
+    return [
+        name
+        if _SAFE.fullmatch(name) and folded[name.lower()] == 1 and not name.lower().startswith("class-")
+        else f"class-{index:06d}"
+        for index, name in enumerate(ids)
+    ]
