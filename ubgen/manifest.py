@@ -1,11 +1,8 @@
 """Stage directories: one writer at a time, and a manifest that is written last and atomically."""
 
-import fcntl
 import hashlib
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,11 +13,11 @@ from typing import Any
 
 from ubgen import __version__
 from ubgen.errors import UserError
+from ubgen.locks import Hold, hold
 from ubgen.storage import Store, open_store
 from ubgen.storage import atomic_write as atomic_write
 
 MANIFEST = "manifest.json"
-_LOCK = ".lock"
 _LIBRARIES = (
     "torch",
     "torchvision",
@@ -83,12 +80,22 @@ def read_manifest(directory: str | Path | Store, stage: str | None = None) -> di
 class StageDirectory:
     """A stage's output while it is being written; `finish` makes it readable for the next stage."""
 
-    path: Path
+    store: Store
     stage: str
     config: Mapping[str, Any] = field(default_factory=dict)
+    lock: Hold = field(default_factory=lambda: Hold(True))
+
+    @property
+    def path(self) -> Path:
+        """The directory, for a stage that needs a local one."""
+        if self.store.local_path is None:
+            raise UserError(f"{self.store}: ubgen {self.stage} writes to a local directory only")
+        return self.store.local_path
 
     def finish(self, inputs: Mapping[str, Path | str], **extra: Any) -> None:
         """Write the manifest, as the last file: config, versions, device, and the hash of every input."""
+        if not self.lock.exclusive:
+            raise RuntimeError("a stage directory that is shared cannot be finished")
         manifest = {
             "stage": self.stage,
             "config": dict(self.config),
@@ -101,42 +108,38 @@ class StageDirectory:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             **extra,
         }
-        atomic_write(self.path / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
+        self.lock.check()
+        self.store.write(MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
 
 
 @contextmanager
 def stage_directory(
-    out: Path, stage: str, config: Mapping[str, Any], *, overwrite: bool = False
+    out: str | Path | Store,
+    stage: str,
+    config: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    shared: bool = False,
 ) -> Iterator[StageDirectory]:
-    """Hold `out` for one writer while the block runs; an unfinished directory is handed over as it is, to resume.
+    """Hold `out`, a directory or URL, for one writer while the block runs.
 
-    `overwrite` only takes a finished directory's manifest away; what becomes of its content is the stage's business.
+    An unfinished directory is handed over as it is, to resume. `overwrite` only takes a finished directory's manifest
+    away; what becomes of its content is the stage's business. `shared` lets in other writers that are shared too
+    (see `ubgen.locks.hold`); such a one cannot finish the directory.
+
     UserError when `out` is not writable, held by another process, or finished and `overwrite` is False.
     """
-    out = Path(out)
-    lock = _open_lock(out)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"output directory in use: another process is writing to {out}") from None
-        if (out / MANIFEST).exists():
+    if shared and overwrite:
+        raise ValueError("only one that has the directory alone may overwrite it")
+    store = open_store(out)
+    with hold(store, shared=shared) as lock:
+        if not shared:
+            store.delete_leftovers()
+        if store.size(MANIFEST) is not None:
             if not overwrite:
                 raise UserError(f"{out} is already finished; choose another --out, or pass --overwrite")
-            (out / MANIFEST).unlink()
-        yield StageDirectory(out, stage, config)
-    finally:
-        os.close(lock)  # also releases it; the file stays, since deleting it would let two writers in
-
-
-def _open_lock(out: Path) -> int:
-    """Opening the lock for writing is also the check that the directory can be written to."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            return os.open(out / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise UserError(f"cannot write to output directory {out}: {error.strerror}") from error
+            store.delete(MANIFEST)
+        yield StageDirectory(store, stage, config, lock)
 
 
 def library_versions() -> dict[str, str]:

@@ -65,13 +65,13 @@ class Store(ABC):
         """Bytes `start` to `stop`, fewer where the file ends earlier."""
 
     def read_starts(self, names: Sequence[str], count: int) -> list[bytes]:
-        """The first `count` bytes of each file; b"" for one that cannot be read. Quick for thousands of files."""
+        """The first `count` bytes of each file; b"" for one that is not there. Quick for thousands of files."""
         return [self._start_or_nothing(name, count) for name in names]
 
     def _start_or_nothing(self, name: str, count: int) -> bytes:
         try:
             return self.read_range(name, 0, count)
-        except OSError:
+        except FileNotFoundError:
             return b""
 
     @abstractmethod
@@ -101,6 +101,10 @@ class Store(ABC):
     def delete(self, name: str) -> None:
         """Delete a file; it may be missing."""
 
+    @abstractmethod
+    def delete_leftovers(self) -> None:
+        """Delete what killed writers left under temporary names. Only while no other process writes here."""
+
 
 def open_store(where: "str | Path | Store") -> Store:
     """The directory at `where`: a path, or a URL of any protocol that fsspec knows.
@@ -117,11 +121,6 @@ def open_store(where: "str | Path | Store") -> Store:
     if protocol in ("file", "local"):
         return LocalStore(Path("/" + rest))
     return RemoteStore(f"{protocol}://{rest.rstrip('/')}")
-
-
-def is_url(where: "str | Path | Store") -> bool:
-    """Whether `where` names a directory that is not a local one."""
-    return open_store(where).local_path is None
 
 
 class LocalStore(Store):
@@ -180,7 +179,6 @@ class LocalStore(Store):
         (self.local_path / name).unlink(missing_ok=True)
 
     def delete_leftovers(self) -> None:
-        """Delete the temporary files of writers that were killed. Only while no other process writes here."""
         for name in self.sizes():
             if _TEMPORARY.fullmatch(name):
                 self.delete(name)
@@ -223,13 +221,11 @@ class RemoteStore(Store):
                 return action()
             except (FileNotFoundError, FileExistsError):
                 raise
-            except (PermissionError, NotImplementedError, ValueError, TypeError) as error:
-                failure: Exception = error
-                break
             except Exception as error:  # every protocol has its own
                 failure = error
-                if wait is not None:
-                    time.sleep(wait)
+                if wait is None or _is_final(error):
+                    break
+                time.sleep(wait)
         raise UserError(f"{self.address(name)}: cannot {doing} ({_one_line(failure)})") from failure
 
     def sizes(self) -> dict[str, int]:
@@ -256,7 +252,12 @@ class RemoteStore(Store):
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         def read() -> bytes:
-            return self._call("cat_file", name, start=start, end=stop)
+            try:
+                return self._call("cat_file", name, start=start, end=stop)
+            except OSError as error:
+                if error.errno == errno.EINVAL and self._call("info", name)["size"] <= start:
+                    return b""  # S3 refuses to read nothing
+                raise
 
         return self._named(name, lambda: self._try("read", name, read))
 
@@ -317,12 +318,22 @@ class RemoteStore(Store):
         with suppress(FileNotFoundError):
             self._try("delete", name, lambda: self._call("rm_file", name))
 
+    def delete_leftovers(self) -> None:
+        pass  # an upload that broke off leaves no object
+
     def _named(self, name: str, action: Callable[[], T]) -> T:
         """fsspec's FileNotFoundError does not always say which file."""
         try:
             return action()
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "no such file", self.address(name)) from None
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether trying again cannot help: not allowed, or a wrong request."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EACCES, errno.EPERM, errno.EINVAL) or isinstance(error, PermissionError)
+    return isinstance(error, NotImplementedError | ValueError | TypeError)
 
 
 def _missing_package(url: str, error: ImportError) -> str:
