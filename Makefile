@@ -7,9 +7,9 @@ NATIVE := CMakeLists.txt $(wildcard kernels/include/ubgen/*.h kernels/src/* kern
 
 MAKEFLAGS += --no-print-directory
 
-.PHONY: test quickstart install lint format kernels clean
+.PHONY: test quickstart install lint format kernels sanitize clean
 
-test: lint kernels
+test: lint kernels sanitize
 	$(BIN)/pytest -m "not gpu"
 
 quickstart: install
@@ -38,6 +38,15 @@ kernels: install
 	$(BIN)/cmake -S . -B build/kernels -DCMAKE_BUILD_TYPE=Release > build/kernels.log || (cat build/kernels.log; false)
 	$(BIN)/cmake --build build/kernels --parallel 2
 	$(BIN)/ctest --test-dir build/kernels --output-on-failure
+
+# The same C++ tests under the address and undefined-behaviour sanitizers: the CPU code of every instruction set, and the
+# CUDA source run on the CPU. Without a compiler that has the sanitizers, one line says so and nothing fails.
+sanitize: install
+	mkdir -p build
+	$(BIN)/cmake -S . -B build/sanitize -DUBGEN_SANITIZE=ON -DUBGEN_CUDA=OFF > build/sanitize.log || (cat build/sanitize.log; false)
+	@grep -o "No C++ compiler.*\|No sanitizers.*" build/sanitize.log || true
+	$(BIN)/cmake --build build/sanitize --parallel 2
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --parallel 2
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -29,13 +29,13 @@ void check(const Case &c, Report &report) {
         for (int64_t i = 0; i < images.count(); i += 11) images.set(i, i % 3 ? kNaN : i % 2 ? kInfinity : -kInfinity);
     if (c.broken && c.batch > 1)
         for (int64_t i = 0; i < 3 * area; ++i) images.set(i, kNaN);  // nothing finite in the first image
-    std::vector<uint8_t> pixels(c.batch * 3 * area + 16, kUntouched);
+    std::vector<uint8_t> pixels(c.batch * 3 * area + kGuard, kUntouched);
     std::vector<float> minimum(c.batch + 1, -7), maximum(c.batch + 1, -7);
     std::vector<int64_t> nonfinite(c.batch + 1, -7);
     const int status = UBGEN_CALL(quantise, c.threads, c.dtype, c.layout, images.data(), c.batch, c.height, c.width,
                                   pixels.data(), minimum.data(), maximum.data(), nonfinite.data());
     bool good = status == UBGEN_OK && minimum[c.batch] == -7 && maximum[c.batch] == -7 && nonfinite[c.batch] == -7;
-    for (int k = 0; k < 16; ++k) good = good && pixels[c.batch * 3 * area + k] == kUntouched;
+    for (int k = 0; k < kGuard; ++k) good = good && pixels[c.batch * 3 * area + k] == kUntouched;
     for (int64_t image = 0; image < c.batch; ++image) {
         double low = kInfinity, high = -kInfinity;
         int64_t bad = 0;
