@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ubgen.errors import UserError
 from ubgen.manifest import device_name
 from ubgen.ops import _native
 
@@ -179,6 +180,13 @@ def dali() -> Probe:
 def ray() -> Probe:
     """Ray, for synthesis on several machines."""
     return _package("ray", "ray", "ray")
+
+
+def require_ray() -> Any:
+    """The module; UserError that says how to get it."""
+    if not (probe := ray()).available:
+        raise UserError(f"--executor ray: {probe.detail}; pip install 'ubgen[ray]'")
+    return importlib.import_module("ray")
 
 
 def cxx_compiler() -> Probe:

@@ -3,7 +3,18 @@
 from ubgen.benchmark.engine import EngineBench, bench_engine
 from ubgen.benchmark.machine import machine_record
 from ubgen.benchmark.memory import peak_memory
+from ubgen.benchmark.synth import SynthBench, bench_synth
 from ubgen.benchmark.table import Table
 from ubgen.benchmark.timing import Timing, compare
 
-__all__ = ["EngineBench", "Table", "Timing", "bench_engine", "compare", "machine_record", "peak_memory"]
+__all__ = [
+    "EngineBench",
+    "SynthBench",
+    "Table",
+    "Timing",
+    "bench_engine",
+    "bench_synth",
+    "compare",
+    "machine_record",
+    "peak_memory",
+]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ubgen.benchmark.machine import describe, machine_record
-from ubgen.benchmark.memory import resident
+from ubgen.benchmark.memory import peak_by_device
 from ubgen.benchmark.peers import Peers, load_peers, missing_weights
 from ubgen.benchmark.table import Table, number
 from ubgen.benchmark.timing import Timing, compare
@@ -127,7 +127,7 @@ def bench_engine(
         rows += [Row(part, side, rows_of_part, timing) for side, timing in timings.items()]
     if peers is not None:
         notes.append(_agreement(work, peers))
-    machine = {**machine_record(engines.device), "peak_memory": _peak(engines.device)}
+    machine = {**machine_record(engines.device), "peak_memory": peak_by_device(engines.device)}
     settings = {"key": engines.key, "steps": steps, "guidance": guidance, "seconds": seconds}
     return EngineBench(path, rows, machine, settings, notes)
 
@@ -208,10 +208,3 @@ def _agreement(work: Workload, peers: Peers) -> str:
     theirs = _Pipeline(work, peers, "eager").chain().astype(int)
     share = float((np.abs(ours - theirs) <= 1).mean())
     return f"Pixel values of the two chains within one grey level: {share:.3%}."
-
-
-def _peak(device: str) -> dict[str, int]:
-    peak = {"process": resident("VmHWM")}
-    if torch.device(device).type == "cuda":
-        peak["gpu_by_torch"] = torch.cuda.max_memory_allocated(device)
-    return peak

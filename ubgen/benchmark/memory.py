@@ -46,3 +46,11 @@ def resident(field: str = "VmHWM") -> int:
     """Bytes of this process's memory: "VmHWM" the most since its start or the last reset, "VmRSS" now."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def peak_by_device(device: str | torch.device = "cpu") -> dict[str, int]:
+    """Bytes since the start: "process", resident; on a GPU also "gpu_by_torch", what torch's allocator gave out."""
+    peak = {"process": resident("VmHWM")}
+    if torch.device(device).type == "cuda":
+        peak["gpu_by_torch"] = torch.cuda.max_memory_allocated(device)
+    return peak

@@ -14,8 +14,9 @@ from ubgen.classes import ClassList, load_classes
 from ubgen.diffusion import initial_noise, sample_guided
 from ubgen.runtime import EngineSet, Network, run_rows
 from ubgen.synth import SynthConfig
-from ubgen.synth.generator import Generator, Made
+from ubgen.synth.generator import Generator
 from ubgen.synth.plan import Item
+from ubgen.synth.selection import Made
 
 CLASSES = "imagenet100"  # the names are prompts here, nothing more
 _SHORT = 4  # sampling steps of the latents that the decoder is timed on
@@ -101,7 +102,7 @@ class Workload:
             self.engines.path,
             CLASSES,
             per_class=1,
-            out=Path(),  # nothing is written
+            out="",  # nothing is written
             batch=self.images,
             steps=settings.steps,
             guidance=settings.guidance,

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from ubgen.benchmark import Table, bench_engine
+from ubgen.benchmark import Table, bench_engine, bench_synth
 from ubgen.cli._run import run
 
 
@@ -55,6 +55,59 @@ def engine(
         console.print(f"written to {out}")
 
 
+def synth(
+    engine: Path,
+    images: int | None = None,
+    batch: int | None = None,
+    steps: int = 50,
+    guidance: float = 2.0,
+    rounds: int = 3,
+    against: tuple[Literal["bare", "diffusers"], ...] = ("bare", "diffusers"),
+    dataset: int = 1_300_000,
+    gpus: int = 1,
+    device: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Time synthesis from noise to scored images on disk, and project how long a whole dataset takes.
+
+    Prints images/s beside the bare loop of the same engines (denoise and decode, results thrown away) and diffusers'
+    StableDiffusionPipeline, in turns in one process; then the time by stage, and the hours for --dataset images.
+
+    Args:
+        engine: Directory made by ubgen-export.
+        images: Images of each side in each round; by default 8 batches.
+        batch: Images at a time; the batch that the engine was made for if not given.
+        steps: PNDM sampling steps.
+        guidance: Classifier-free guidance scale.
+        rounds: How often each side runs, after one round that does not count. Medians are shown.
+        against: What to compare with; diffusers needs the weights at the paths that the engine's manifest names.
+        dataset: Images of the dataset for the projection.
+        gpus: Devices like this one that would make it together.
+        device: Where to run; by default the device that the engine was made for.
+        out: Directory for synth.json and synth.md; without it the tables are only shown.
+    """
+    console = Console()
+    with console.status("starting") as status:
+        result = bench_synth(
+            engine,
+            images=images,
+            batch=batch,
+            device=device,
+            steps=steps,
+            guidance=guidance,
+            rounds=rounds,
+            against=against,
+            dataset=dataset,
+            gpus=gpus,
+            say=status.update,
+        )
+    for table in (result.table(), result.stages(), result.projected()):
+        show(console, table)
+    if out is not None:
+        result.write(out)
+        console.print(f"written to {out}")
+
+
 def show(console: Console, table: Table) -> None:
     """The table in the terminal, its note below."""
     drawn = RichTable(title=table.title)
@@ -71,7 +124,7 @@ def main() -> None:
     about = "Measure the speed of what ubgen runs, beside its peers, in one process."
     run(
         lambda: tyro.extras.subcommand_cli_from_dict(
-            {"engine": engine}, prog="ubgen-bench", description=about
+            {"engine": engine, "synth": synth}, prog="ubgen-bench", description=about
         )
     )
 

@@ -1,6 +1,7 @@
 """From an engine and a class list to an annotated dataset."""
 
+from ubgen.synth.audit import Audit, audit
 from ubgen.synth.config import SynthConfig
-from ubgen.synth.synthesise import Progress, Synthesised, synthesise
+from ubgen.synth.synthesise import Synthesised, Watch, synthesise
 
-__all__ = ["Progress", "SynthConfig", "Synthesised", "synthesise"]
+__all__ = ["Audit", "SynthConfig", "Synthesised", "Watch", "audit", "synthesise"]

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,53 +15,126 @@ from ubgen.errors import UserError
 from ubgen.runtime import EngineSet, Network, run_rows
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.plan import Item
+from ubgen.synth.selection import BROKEN, Made
 
 NETWORKS = ("text_encoder", "unet", "vae_decoder", "clip_image", "clip_text", "qalign")
 
 
 @dataclass(frozen=True)
-class Made:
-    """`pixels` (H,W,3) uint8; cosine similarity to "photo of {class}" in CLIP's space; quality in [1, 5]."""
+class Scored:
+    """A batch. `pixels` (B,H,W,3) uint8; the others (B,): `similarity` to "photo of {class}" in CLIP's space, `quality`
+    in [1, 5], whether the latents are `finite` and the image `constant` (of one colour)."""
 
-    pixels: np.ndarray
-    clip_similarity: float
-    quality: float
+    pixels: Tensor
+    similarity: Tensor
+    quality: Tensor
+    finite: Tensor
+    constant: Tensor
+
+    def rows(self) -> list[Made]:
+        """One image each, `pixels` as views; waits for the device."""
+        columns = (self.similarity, self.quality, self.finite, self.constant)
+        return [
+            Made(pixels, similarity, quality, None if finite and not constant else BROKEN[finite])
+            for pixels, similarity, quality, finite, constant in zip(
+                self.pixels, *(column.tolist() for column in columns), strict=True
+            )
+        ]
 
 
 class Generator:
-    """Holds the engines and the encoded prompts; everything about an image follows from its `Item`."""
+    """Holds the engines and the encoded prompts; everything about an image follows from its `Item`.
 
-    def __init__(self, engines: EngineSet, classes: ClassList, config: SynthConfig) -> None:
+    `batch` is the number of rows in every call of the UNet. A smaller batch is filled up and the rest dropped: the same
+    rows in calls of the same size come out the same, wherever they stand.
+    """
+
+    def __init__(
+        self,
+        engines: EngineSet,
+        classes: ClassList,
+        config: SynthConfig,
+        prompts: Sequence[str] | None = None,
+    ) -> None:
         for name in NETWORKS:
             if name not in engines:
                 raise UserError(f"{engines.path} has no network {name!r}; export it again")
         self._engines = engines
         self._config = config
         self._scheduler = _scheduler(engines.path)
-        self._latent_shape = _row_shape(engines["unet"], "latents")
+        self.latent_shape = _row_shape(engines["unet"], "latents")
         self.batch = _batch(config, engines["unet"])
-        self._prompts = self._encode_prompts(classes.names)
+        self._prompts = self._encode_prompts(prompts or classes.names)
         self._uncond = self._encode_prompts([""])
         self._texts = self._encode_texts(classes.names)
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engines.device)
+
     def make(self, items: Sequence[Item]) -> list[Made]:
         """Images of `items`, which may mix classes freely: no row depends on the others."""
-        classes = torch.tensor([item.class_index for item in items], device=self._engines.device)
-        noise = [
-            initial_noise(self._config.seed, item.class_index, item.image_index, self._latent_shape)
-            for item in items
-        ]
+        latents = self.denoise(items)
+        return self.score(items, latents, self.decode(latents)).rows()
+
+    def denoise(self, items: Sequence[Item]) -> Tensor:
+        """Latents of at most `batch` images."""
+        filled = [*items, *[items[-1]] * (self.batch - len(items))]
+        classes = torch.tensor([item.class_index for item in filled], device=self.device)
+        noise = torch.stack([self._noise(item) for item in filled])
+        if self.device.type == "cuda":
+            noise = noise.pin_memory()
         latents = sample_guided(
             self._guided_unet(self._prompts[classes]),
             self._scheduler,
-            torch.stack(noise).to(self._engines.device),
+            noise.to(self.device, non_blocking=True),
             steps=self._config.steps,
         )
-        pixels = self._run("vae_decoder", "pixels", latents=latents)
-        similarity = (self._run("clip_image", "features", pixels=pixels) * self._texts[classes]).sum(dim=-1)
-        quality = self._run("qalign", "score", pixels=pixels)
-        rows = zip(pixels.cpu().numpy(), similarity.tolist(), quality.tolist(), strict=True)
-        return [Made(*row) for row in rows]
+        return latents[: len(items)]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B,H,W,3) uint8: the decoder's graph ends in bytes, so that no more than these leave the device."""
+        return self._run("vae_decoder", "pixels", latents=latents)
+
+    def score(self, items: Sequence[Item], latents: Tensor, pixels: Tensor) -> Scored:
+        """What is known of each image, still on the device."""
+        texts = self._texts[torch.tensor([item.class_index for item in items], device=self.device)]
+        flat = pixels.flatten(1, 2)
+        return Scored(
+            pixels,
+            (self._run("clip_image", "features", pixels=pixels) * texts).sum(dim=-1),
+            self._run("qalign", "score", pixels=pixels),
+            latents.flatten(1).isfinite().all(dim=1),
+            (flat.amax(dim=1) == flat.amin(dim=1)).all(dim=1),
+        )
+
+    def same_bits(self) -> dict[str, bool]:
+        """Whether a row comes out the same to the last bit at another "position" of a batch, and in another "size".
+
+        Tried on single calls of every network. Where position does not matter, images do not depend on the number of
+        workers; where size does not matter either, they do not depend on --batch.
+        """
+        items = [Item(i, i % len(self._texts), i // len(self._texts)) for i in range(self.batch)]
+        whole, turned = self._single_calls(items), self._single_calls(items[::-1])
+        first = self._single_calls(items[:1])
+        return {
+            "position": all(torch.equal(a, b.flip(0)) for a, b in zip(whole, turned, strict=True)),
+            "size": all(torch.equal(a[:1], b) for a, b in zip(whole, first, strict=True)),
+        }
+
+    def _single_calls(self, items: Sequence[Item]) -> list[Tensor]:
+        classes = torch.tensor([item.class_index for item in items], device=self.device)
+        noise = torch.stack([self._noise(item) for item in items]).to(self.device)
+        timestep = torch.full((len(items),), 501.0, device=self.device)
+        latents = self._guided_unet(self._prompts[classes])(noise, timestep)
+        pixels = self.decode(noise)
+        scored = self.score(items, latents, pixels)
+        return [latents, pixels, scored.similarity, scored.quality]
+
+    def _noise(self, item: Item) -> Tensor:
+        return initial_noise(
+            self._config.seed, item.class_index, item.image_index, self.latent_shape, item.attempt
+        )
 
     def _guided_unet(self, cond: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         unet = self._engines["unet"]

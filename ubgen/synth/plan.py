@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from ubgen.classes import ClassList
-from ubgen.dataset import finished_shard, shard_files
+from ubgen.dataset import Store, finished_shards, shard_files
 from ubgen.errors import UserError
-from ubgen.manifest import MANIFEST, atomic_write
+from ubgen.manifest import MANIFEST
 from ubgen.synth.config import SynthConfig
 
 PLAN = "run.json"
-_OWN_FILES = (PLAN, MANIFEST, "classes.json", "README.md", "contact-sheet.png")
+LEDGER = "rejections.jsonl"
+_OWN_FILES = (PLAN, MANIFEST, "classes.json", "README.md", "croissant.json", LEDGER)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image of the dataset. `position` is its place in the order of generation."""
+    """One image of the dataset. `position` is its place in the order of generation; `attempt` counts its rejections."""
 
     position: int
     class_index: int
     image_index: int
+    attempt: int = 0
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,10 @@ class Plan:
     """The order is image 0 of every class, image 1 of every class, ...: every prefix of the dataset is balanced."""
 
     classes: ClassList
+    prompts: tuple[str, ...]
     per_class: int
     shard_size: int
+    format: str = "jpg"
 
     @property
     def images(self) -> int:
@@ -47,62 +51,108 @@ class Plan:
 
     def shard_items(self, shard: int) -> Iterator[Item]:
         first = shard * self.shard_size
-        return map(self.item, range(first, min(first + self.shard_size, self.images)))
+        return map(self.item, range(first, first + self.shard_length(shard)))
 
     def shard_length(self, shard: int) -> int:
         return min(self.shard_size, self.images - shard * self.shard_size)
 
-    def unfinished(self, out: Path) -> list[int]:
+    def unfinished(self, store: Store) -> list[int]:
         """Shards that are not there yet, or not with the number of samples that they should have."""
-        infos = ((shard, finished_shard(out, shard)) for shard in range(self.shards))
-        return [shard for shard, info in infos if info is None or info.count != self.shard_length(shard)]
+        there = finished_shards(store)
+        return [i for i in range(self.shards) if i not in there or there[i].count != self.shard_length(i)]
 
 
-def identity(config: SynthConfig, classes: ClassList, engine_key: str) -> dict[str, Any]:
+def class_prompts(classes: ClassList, template: str, overrides: Path | None) -> tuple[str, ...]:
+    """The prompt of every class, in label order: `template` with {name} replaced, or what `overrides` says.
+
+    `overrides` is a UTF-8 text file of "id<TAB>prompt" lines. UserError for a line that is not of that form, an id that
+    is not in the list, and an id that comes twice.
+    """
+    prompts = {
+        c: template.replace("{name}", name) for c, name in zip(classes.ids, classes.names, strict=True)
+    }
+    seen = set[str]()
+    for number, line in enumerate(_lines(overrides) if overrides else [], start=1):
+        if not line.strip():
+            continue
+        class_id, _, prompt = (part.strip() for part in line.partition("\t"))
+        where = f"{overrides}, line {number}"
+        if not prompt or "\t" in prompt:
+            raise UserError(f'{where}: expected "id<TAB>prompt"')
+        if class_id not in prompts:
+            raise UserError(f"{where}: no class has the id {class_id!r}")
+        if class_id in seen:
+            raise UserError(f"{where}: the id {class_id!r} came before")
+        seen.add(class_id)
+        prompts[class_id] = prompt
+    return tuple(prompts[c] for c in classes.ids)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.expanduser().read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"--prompts {path}: {error.strerror}") from None
+
+
+def identity(config: SynthConfig, plan: Plan, engine_key: str) -> dict[str, Any]:
     """All that the bytes of the shards depend on, by the name under which a difference is reported."""
     return {
         "engine key": engine_key,
-        "class ids": list(classes.ids),
-        "class names": list(classes.names),
-        "prompts": list(classes.names),
+        "class ids": list(plan.classes.ids),
+        "class names": list(plan.classes.names),
+        "prompts": list(plan.prompts),
         "--per-class": config.per_class,
         "--seed": config.seed,
         "sampler": "pndm",
         "--steps": config.steps,
         "--guidance": config.guidance,
+        "--min-similarity": config.min_similarity,
+        "--min-quality": config.min_quality,
+        "--attempts": config.attempts,
+        "--exhausted": config.exhausted,
         "--shard-size": config.shard_size,
         "--format": config.format,
+        "encoder": config.resolved_encoder(),
     }
 
 
-def start_or_resume(out: Path, this_run: Mapping[str, Any], overwrite: bool) -> None:
-    """Write run.json, or check that the run in `out` is this one; `overwrite` empties `out` of ours first.
+def start_or_resume(store: Store, this_run: Mapping[str, Any], overwrite: bool) -> None:
+    """Write run.json, or check that the run in `store` is this one; `overwrite` empties `store` of ours first.
 
-    UserError naming what differs from the run that `out` holds.
+    UserError naming what differs from the run that `store` holds.
     """
-    path = out / PLAN
     if overwrite:
-        _clear(out)
-    if not path.exists():
-        if stray := next(iter(shard_files(out)), None):
+        _clear(store)
+    names = store.names()
+    if PLAN not in names:
+        if stray := next(iter(sorted(shard_files(names))), None):
             raise UserError(
-                f"{out} holds {stray.name} of an unknown run; choose another --out, or pass --overwrite"
+                f"{store} holds {stray} of an unknown run; choose another --out, or pass --overwrite"
             )
-        atomic_write(path, json.dumps(this_run, indent=1) + "\n")
+        store.write(PLAN, json.dumps(this_run, indent=1) + "\n")
         return
     try:
-        that_run = json.loads(path.read_text(encoding="utf-8"))
+        that_run = json.loads(store.read(PLAN))
     except ValueError:
-        raise UserError(f"{path} is not valid JSON; choose another --out, or pass --overwrite") from None
+        raise UserError(
+            f"{store}: {PLAN} is not valid JSON; choose another --out, or pass --overwrite"
+        ) from None
     if difference := _difference(that_run, this_run):
         raise UserError(
-            f"{out} holds a run with another {difference}; use the same, choose another --out, or pass --overwrite"
+            f"{store} holds a run with another {difference}; use the same, choose another --out, or pass --overwrite"
         )
 
 
-def _clear(out: Path) -> None:
-    for path in [*(out / name for name in _OWN_FILES), *shard_files(out)]:
-        path.unlink(missing_ok=True)
+def _clear(store: Store) -> None:
+    """The marks of what is whole go first: whatever happens meanwhile, no half dataset looks like a whole one."""
+    names = set(store.names())
+    shards = sorted(shard_files(names), key=lambda name: not name.endswith(".json"))
+    for name in [MANIFEST, *shards, *_OWN_FILES]:
+        if name in names:
+            store.delete(name)
 
 
 def _difference(that: Mapping[str, Any], this: Mapping[str, Any]) -> str | None:

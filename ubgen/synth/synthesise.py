@@ -1,133 +1,201 @@
-"""The stage: shards that are missing are made, one after the other; then the directory is finished."""
+"""The stage: shards that are missing are made, by whatever executor; then the directory is finished."""
 
-import itertools
+import random
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from ubgen import runtime
-from ubgen.classes import ClassList, load_classes
+from ubgen.classes import load_classes
 from ubgen.config import to_dict
-from ubgen.dataset import ShardWriter, open_dataset, write_card, write_classes
-from ubgen.manifest import MANIFEST, stage_directory
+from ubgen.dataset import Store, open_store, write_classes
+from ubgen.errors import UserError
+from ubgen.manifest import MANIFEST, StageDirectory, read_manifest, stage_directory
 from ubgen.synth.config import SynthConfig
-from ubgen.synth.generator import Generator, Made
-from ubgen.synth.plan import Item, Plan, identity, start_or_resume
-from ubgen.synth.sheet import SHEET, write_sheet
-from ubgen.synth.stats import dataset_stats
+from ubgen.synth.executors.job import Events, Job, MakeChain, open_engine
+from ubgen.synth.executors.local import run_local
+from ubgen.synth.executors.ray_cluster import run_ray
+from ubgen.synth.executors.static import part_of, run_static
+from ubgen.synth.finish import describe
+from ubgen.synth.plan import Plan, class_prompts, identity, start_or_resume
+from ubgen.synth.worker import Account
 
-Progress = Callable[[int, int], None]
-"""Called with the images that are finished and their total, first with what an earlier run left."""
+_RUN = {"local": run_local, "static": run_static, "ray": run_ray}
+Directory = Callable[..., AbstractContextManager[StageDirectory]]
+_FINISH_WITHIN = 30.0  # seconds in which parts that end at the same moment settle who finishes the dataset
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What the user sees while a run goes on.
+
+    `progress` gets the images that are there and how many there will be, first with what an earlier run left; `say`
+    gets a line now and then; `bottlenecks` the share of the time for which each stage held up the others.
+    """
+
+    progress: Callable[[int, int], None] = lambda done, total: None
+    say: Callable[[str], None] = lambda line: None
+    bottlenecks: Callable[[dict[str, float]], None] = lambda shares: None
 
 
 @dataclass(frozen=True)
 class Synthesised:
-    """`made` of the `images` were made by this run, at `images_per_second`; see `dataset_stats` for `stats`."""
+    """`made` of the `images` were made by this run, at `images_per_second`; see `dataset_stats` for `stats`.
 
-    path: Path
+    Not `complete` when other parts of a static run have shards to make yet: then there are no `stats`.
+    """
+
+    path: str
     images: int
     made: int
     images_per_second: float
-    stats: dict[str, Any]
-    sheet: Path
+    bottlenecks: dict[str, float]
+    complete: bool
+    stats: dict[str, Any] = field(default_factory=dict)
 
 
-def synthesise(config: SynthConfig, progress: Progress = lambda done, total: None) -> Synthesised:
+def synthesise(
+    config: SynthConfig, watch: Watch | None = None, chain: MakeChain = open_engine
+) -> Synthesised:
     """Make the dataset that `config` describes, or the part of it that is missing.
 
-    UserError for a wrong input, an output directory in use, finished, or holding another run.
+    `chain` opens the networks in each worker; a benchmark gives others than the engine's. UserError for a wrong input,
+    an output directory in use, finished, or holding another run.
     """
     config.check()
+    watch = watch or Watch()
     classes = load_classes(config.classes)
-    engines = runtime.load(config.engine, device=config.device)
-    plan = Plan(classes, config.per_class, config.shard_size)
-    with stage_directory(config.out, "synth", to_dict(config), overwrite=config.overwrite) as stage:
-        start_or_resume(stage.path, identity(config, classes, engines.key), config.overwrite)
-        write_classes(stage.path, classes.ids, classes.names, classes.names)
-        started = time.monotonic()
-        made = _make_missing(config, engines, plan, progress)
-        speed = made / max(time.monotonic() - started, 1e-9)
-        dataset = open_dataset(stage.path, partial=True)
-        stats = dataset_stats(dataset)
-        write_sheet(dataset, plan, stage.path / SHEET)
-        write_card(
-            stage.path, _title(config), _facts(config, plan, engines.key, stats), plan.images, len(classes)
-        )
+    prompts = class_prompts(classes, config.prompt, config.prompts)
+    plan = Plan(classes, prompts, config.per_class, config.shard_size, config.format)
+    key = read_manifest(config.engine, "export")["engine"]["key"]
+    static = config.executor == "static"
+    directory = partial(stage_directory, config.out, "synth", to_dict(config), overwrite=config.overwrite)
+    with directory(shared=static) as stage:
+        store = open_store(config.out)
+        start_or_resume(store, identity(config, plan, key), config.overwrite)
+        write_classes(store, classes.ids, classes.names, prompts)
+        session = _make_missing(Job(config, plan, chain), store, watch)
+        if not static:
+            return session.finish(stage, key)
+    return _finish_static(session, directory, key)
+
+
+class _Session:
+    """One run of the command: what it made, and when."""
+
+    def __init__(self, job: Job, store: Store, account: Account, history: "_History") -> None:
+        self.job = job
+        self.store = store
+        self.account = account
+        self.history = history
+
+    def finish(self, stage: StageDirectory, key: str) -> Synthesised:
+        """Describe the dataset, and write the manifest."""
+        config, plan = self.job.config, self.job.plan
+        facts = describe(self.store, config, plan, key, self.history.points)
         stage.finish(
             _inputs(config),
-            engine_key=engines.key,
-            dataset={"images": plan.images, "shards": plan.shards, "classes": len(classes)},
-            stats=stats,
-            speed={"images": made, "images_per_second": speed},
+            engine_key=key,
+            dataset={"images": plan.images, "shards": plan.shards, "classes": len(plan.classes)},
+            stats=facts,
+            speed={
+                "images": self.account.images,
+                "images_per_second": self.speed,
+                "worker_seconds": self.account.seconds,
+                "busy_seconds": self.account.busy,
+                "bottleneck_shares": self.account.shares(),
+                "throughput": self.history.points,
+            },
+            same_bits=self.account.same_bits,
         )
-    return Synthesised(config.out, plan.images, made, speed, stats, config.out / SHEET)
+        return self.result(True, facts)
+
+    def result(self, complete: bool, stats: dict[str, Any] | None = None) -> Synthesised:
+        config, images, account = self.job.config, self.job.plan.images, self.account
+        return Synthesised(
+            str(config.out), images, account.images, self.speed, account.shares(), complete, stats or {}
+        )
+
+    @property
+    def speed(self) -> float:
+        return self.account.images / max(self.history.seconds, 1e-9)
+
+
+def _make_missing(job: Job, store: Store, watch: Watch) -> _Session:
+    todo = mine = job.plan.unfinished(store)
+    if job.config.executor == "static":
+        mine = part_of(todo, *job.config.static_part())
+    missing = sum(map(job.plan.shard_length, mine))
+    total = (
+        job.plan.images
+        if mine is todo
+        else sum(map(job.plan.shard_length, part_of(range(job.plan.shards), *job.config.static_part())))
+    )
+    history = _History(lambda images: watch.progress(total - missing + images, total))
+    history.add(0)
+    account = Account()
+    if mine:
+
+        def progress(images: int, shares: dict[str, float]) -> None:
+            history.add(images)
+            watch.bottlenecks(shares)
+
+        events = Events(lambda shard: None, progress, watch.say)
+        account = _RUN[job.config.executor](job, todo, events)
+    history.stop()
+    return _Session(job, store, account, history)
+
+
+def _finish_static(session: _Session, directory: Directory, key: str) -> Synthesised:
+    """The part that ends last finishes the dataset; of several that end together, one does."""
+    config, deadline = session.job.config, time.monotonic() + _FINISH_WITHIN
+    while not session.job.plan.unfinished(session.store):
+        if MANIFEST in session.store.names():  # another part was quicker
+            return session.result(True, read_manifest(config.out, "synth")["stats"])
+        try:
+            with directory() as stage:
+                return session.finish(stage, key)
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(random.uniform(0.1, 1.0))
+    return session.result(False)
+
+
+class _History:
+    """Images made against time, with few points however long it takes: of many, every other one is dropped."""
+
+    LIMIT = 512
+
+    def __init__(self, report: Callable[[int], None]) -> None:
+        self.points: list[tuple[float, int]] = []
+        self.seconds = 0.0
+        self._images = 0
+        self._every = 0.5
+        self._start = time.monotonic()
+        self._report = report
+
+    def add(self, images: int) -> None:
+        self._images += images
+        now = time.monotonic() - self._start
+        if not self.points or now >= self.points[-1][0] + self._every:
+            self.points.append((round(now, 3), self._images))
+            if len(self.points) > self.LIMIT:
+                self.points, self._every = self.points[::2], 2 * self._every
+        self._report(self._images)
+
+    def stop(self) -> None:
+        self.seconds = time.monotonic() - self._start
+        self.points.append((round(self.seconds, 3), self._images))
 
 
 def _inputs(config: SynthConfig) -> dict[str, Path]:
     """The engine's manifest holds the hashes of its files; a shipped class list has no file of its own."""
-    inputs = {"engine": config.engine / MANIFEST}
+    inputs = {"engine": Path(config.engine) / MANIFEST}
     file = Path(config.classes).expanduser()
-    return {**inputs, "classes": file} if file.is_file() else inputs
-
-
-def _make_missing(config: SynthConfig, engines: runtime.EngineSet, plan: Plan, progress: Progress) -> int:
-    """Number of images made."""
-    todo = plan.unfinished(config.out)
-    total = sum(plan.shard_length(shard) for shard in todo)
-    progress(plan.images - total, plan.images)
-    if not todo:
-        return 0
-    generator = Generator(engines, plan.classes, config)
-    made = 0
-    for shard in todo:
-        for count in _make_shard(shard, config, plan, generator):
-            made += count
-            progress(plan.images - total + made, plan.images)
-    return total
-
-
-def _make_shard(shard: int, config: SynthConfig, plan: Plan, generator: Generator) -> Iterator[int]:
-    """Yields the number of images after each batch. Batches never span shards: a shard made again is the same."""
-    items = plan.shard_items(shard)
-    with ShardWriter(config.out, shard, config.format) as writer:
-        while batch := list(itertools.islice(items, generator.batch)):
-            for item, made in zip(batch, generator.make(batch), strict=True):
-                _write(writer, item, made, config, plan.classes)
-            yield len(batch)
-
-
-def _write(writer: ShardWriter, item: Item, made: Made, config: SynthConfig, classes: ClassList) -> None:
-    name = classes.names[item.class_index]
-    meta = {
-        "class_id": classes.ids[item.class_index],
-        "class_name": name,
-        "prompt": name,
-        "identity": {
-            "seed": config.seed,
-            "class_index": item.class_index,
-            "image_index": item.image_index,
-        },
-    }
-    scores = {"clip_similarity": made.clip_similarity, "quality": made.quality}
-    writer.write(item.position, Image.fromarray(made.pixels), item.class_index, meta, scores)
-
-
-def _title(config: SynthConfig) -> str:
-    return f"{Path(config.classes).stem}, synthetic ({config.per_class} per class)"
-
-
-def _facts(config: SynthConfig, plan: Plan, engine_key: str, stats: dict[str, Any]) -> dict[str, str]:
-    return {
-        "images per class": str(config.per_class),
-        "shards": str(plan.shards),
-        "sampler": f"PNDM, {config.steps} steps, guidance {config.guidance}",
-        "prompt": "the class name",
-        "seed": str(config.seed),
-        "engine": engine_key,
-        'mean CLIP similarity to "photo of {class}"': f"{stats['clip_similarity']['mean']:.4f}",
-        "mean Q-Align score (1 bad to 5 excellent)": f"{stats['quality']['mean']:.4f}",
-    }
+    if file.is_file():
+        inputs["classes"] = file
+    return inputs | ({"prompts": config.prompts} if config.prompts else {})

@@ -5,27 +5,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ubgen.classes import ClassList
-from ubgen.dataset import ShardWriter, open_dataset, write_classes
+from ubgen.dataset import ShardWriter, open_store
 from ubgen.errors import UserError
 from ubgen.synth.config import SynthConfig
-from ubgen.synth.plan import Plan, identity, start_or_resume
-from ubgen.synth.sheet import write_sheet
-from ubgen.synth.stats import dataset_stats
+from ubgen.synth.plan import Plan, class_prompts, identity, start_or_resume
 
 CLASSES = ClassList(("a", "b", "c"), ("ant", "bee\u202e", "crane/crow"))
-CONFIG = SynthConfig(Path("engine"), "list.txt", per_class=3, out=Path("out"), shard_size=4)
-PLAN = Plan(CLASSES, per_class=3, shard_size=4)
+CONFIG = SynthConfig(Path("engine"), "list.txt", per_class=3, out="out", shard_size=4)
+PLAN = Plan(CLASSES, CLASSES.names, per_class=3, shard_size=4, format="png")
+
+
+def run(config: SynthConfig = CONFIG, classes: ClassList = CLASSES, key: str = "key") -> dict[str, object]:
+    prompts = class_prompts(classes, config.prompt, config.prompts)
+    return identity(config, dataclasses.replace(PLAN, classes=classes, prompts=prompts), key)
 
 
 def write_shard(out: Path, shard: int) -> None:
     with ShardWriter(out, shard, "png") as writer:
         for item in PLAN.shard_items(shard):
-            scores = {"clip_similarity": item.class_index / 10, "quality": 1.0 + item.image_index}
-            image = Image.fromarray(np.full((8, 8, 3), 20 * item.position, np.uint8))
-            writer.write(item.position, image, item.class_index, {}, scores)
+            image = np.full((8, 8, 3), 20 * item.position, np.uint8)
+            writer.write(item.position, image, item.class_index, {}, {"quality": 1.0})
 
 
 def test_every_prefix_is_balanced_and_every_image_made_once() -> None:
@@ -39,18 +40,19 @@ def test_every_prefix_is_balanced_and_every_image_made_once() -> None:
 
 
 def test_unfinished_shards_are_found(tmp_path: Path) -> None:
-    assert PLAN.unfinished(tmp_path) == [0, 1, 2]
+    store = open_store(tmp_path)
+    assert PLAN.unfinished(store) == [0, 1, 2]
     write_shard(tmp_path, 1)
-    assert PLAN.unfinished(tmp_path) == [0, 2]
+    assert PLAN.unfinished(store) == [0, 2]
     smaller = dataclasses.replace(PLAN, shard_size=3)
-    assert smaller.unfinished(tmp_path) == [0, 1, 2]
+    assert smaller.unfinished(store) == [0, 1, 2]
 
 
-def test_the_same_run_continues(tmp_path: Path) -> None:
-    run = identity(CONFIG, CLASSES, "key")
-    start_or_resume(tmp_path, run, overwrite=False)
-    start_or_resume(tmp_path, run, overwrite=False)
-    start_or_resume(tmp_path, identity(dataclasses.replace(CONFIG, batch=2), CLASSES, "key"), overwrite=False)
+def test_the_same_run_continues_whoever_makes_it(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    start_or_resume(store, run(), overwrite=False)
+    for other in ({"batch": 2}, {"workers": 7}, {"executor": "static", "part": "1/2"}, {"licence": "x"}):
+        start_or_resume(store, run(dataclasses.replace(CONFIG, **other)), overwrite=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,11 @@ def test_the_same_run_continues(tmp_path: Path) -> None:
         ({"per_class": 4}, CLASSES, "key", "another --per-class"),
         ({"shard_size": 8}, CLASSES, "key", "another --shard-size"),
         ({"format": "png"}, CLASSES, "key", "another --format"),
+        ({"min_quality": 3.0}, CLASSES, "key", r"another --min-quality \(None there, 3.0 now\)"),
+        ({"min_similarity": 0.2}, CLASSES, "key", "another --min-similarity"),
+        ({"attempts": 3}, CLASSES, "key", "another --attempts"),
+        ({"exhausted": "fail"}, CLASSES, "key", "another --exhausted"),
+        ({"prompt": "a {name}"}, CLASSES, "key", "another prompts .class 0 is 'ant' there, 'a ant' now"),
         ({}, CLASSES, "other", r"another engine key \('key' there, 'other' now\)"),
         ({}, ClassList(("a", "b"), ("ant", "bee")), "key", r"another class ids \(3 there, 2 now\)"),
         ({}, ClassList(CLASSES.ids, ("ant", "bee", "x")), "key", r"another class names \(class 1 is"),
@@ -70,28 +77,60 @@ def test_the_same_run_continues(tmp_path: Path) -> None:
 def test_a_different_run_is_refused_and_named(
     tmp_path: Path, config: dict[str, object], classes: ClassList, key: str, message: str
 ) -> None:
-    start_or_resume(tmp_path, identity(CONFIG, CLASSES, "key"), overwrite=False)
-    other = identity(dataclasses.replace(CONFIG, **config), classes, key)  # type: ignore[arg-type]
+    store = open_store(tmp_path)
+    start_or_resume(store, run(), overwrite=False)
+    other = run(dataclasses.replace(CONFIG, **config), classes, key)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=message):
-        start_or_resume(tmp_path, other, overwrite=False)
+        start_or_resume(store, other, overwrite=False)
 
 
 def test_overwriting_removes_ours_and_nothing_else(tmp_path: Path) -> None:
-    start_or_resume(tmp_path, identity(CONFIG, CLASSES, "key"), overwrite=False)
+    store = open_store(tmp_path)
+    start_or_resume(store, run(), overwrite=False)
     write_shard(tmp_path, 0)
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     (tmp_path / "shard-notes.json").write_text("mine", encoding="utf-8")
-    start_or_resume(tmp_path, identity(CONFIG, CLASSES, "other"), overwrite=True)
+    start_or_resume(store, run(key="other"), overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "run.json", "shard-notes.json"]
 
 
 def test_shards_of_an_unknown_run_are_left_alone(tmp_path: Path) -> None:
     write_shard(tmp_path, 0)
     with pytest.raises(UserError, match=r"shard-000000\.\w+ of an unknown run"):
-        start_or_resume(tmp_path, identity(CONFIG, CLASSES, "key"), overwrite=False)
+        start_or_resume(open_store(tmp_path), run(), overwrite=False)
     (tmp_path / "run.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"run\.json is not valid JSON"):
-        start_or_resume(tmp_path, identity(CONFIG, CLASSES, "key"), overwrite=False)
+        start_or_resume(open_store(tmp_path), run(), overwrite=False)
+
+
+def test_prompts_are_names_templates_or_overrides(tmp_path: Path) -> None:
+    assert class_prompts(CLASSES, "{name}", None) == CLASSES.names
+    overrides = tmp_path / "prompts.tsv"
+    overrides.write_text("\ufeffc\tcrane, a bird with {name} braces\n\n", encoding="utf-8")
+    assert class_prompts(CLASSES, "a {name}.", overrides) == (
+        "a ant.",
+        "a bee\u202e.",
+        "crane, a bird with {name} braces",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"x\tprompt", "line 1: no class has the id 'x'"),
+        (b"a\tone\na\ttwo", "line 2: the id 'a' came before"),
+        (b"a prompt", 'line 1: expected "id<TAB>prompt"'),
+        (b"a\t", 'line 1: expected "id<TAB>prompt"'),
+        (b"a\t\xff", "is not UTF-8"),
+    ],
+)
+def test_wrong_overrides_are_named(tmp_path: Path, text: bytes, message: str) -> None:
+    path = tmp_path / "prompts.tsv"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=message):
+        class_prompts(CLASSES, "{name}", path)
+    with pytest.raises(UserError, match="No such file"):
+        class_prompts(CLASSES, "{name}", tmp_path / "gone")
 
 
 @pytest.mark.parametrize(
@@ -101,25 +140,22 @@ def test_shards_of_an_unknown_run_are_left_alone(tmp_path: Path) -> None:
         ({"shard_size": -1}, "--shard-size"),
         ({"batch": 0}, "--batch"),
         ({"steps": 0}, "--steps"),
+        ({"attempts": 0}, "--attempts"),
+        ({"workers": 0}, "--workers"),
         ({"seed": -1}, "--seed"),
         ({"guidance": float("nan")}, "--guidance"),
+        ({"min_similarity": 2.0}, r"--min-similarity must lie in -1\.\.1, not 2.0"),
+        ({"min_quality": float("nan")}, "--min-quality"),
+        ({"prompt": "a photo"}, "has no {name}"),
+        ({"part": "1/2"}, "go together"),
+        ({"executor": "static"}, "go together"),
+        ({"executor": "static", "part": "0/2"}, r'--part must be like "3/16"'),
+        ({"executor": "static", "part": "3/2"}, "--part"),
+        ({"executor": "static", "part": "1/2", "overwrite": True}, "--overwrite does not go with"),
+        ({"ray_address": "auto"}, "--ray-address needs --executor ray"),
+        ({"encoder": "nvjpeg"}, "--encoder nvjpeg needs --device cuda"),
     ],
 )
 def test_settings_out_of_range(change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         dataclasses.replace(CONFIG, **change).check()  # type: ignore[arg-type]
-
-
-def test_figures_and_contact_sheet(tmp_path: Path) -> None:
-    write_classes(tmp_path, CLASSES.ids, CLASSES.names, CLASSES.names)
-    for shard in range(PLAN.shards):
-        write_shard(tmp_path, shard)
-    dataset = open_dataset(tmp_path, partial=True)
-    stats = dataset_stats(dataset)
-    assert stats["images"] == 9
-    assert stats["clip_similarity"]["class_means"] == [0.0, 0.1, 0.2]
-    assert (stats["quality"]["mean"], stats["quality"]["min"], stats["quality"]["max"]) == (2.0, 1.0, 3.0)
-    write_sheet(dataset, PLAN, tmp_path / "sheet.png")
-    pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
-    centres = pixels[4 + 48 :: 100, 150 + 48 :: 100, 0][:3, :3]
-    assert centres.tolist() == [[0, 60, 120], [20, 80, 140], [40, 100, 160]]

@@ -1,0 +1,200 @@
+"""Workers on a Ray cluster: one for each GPU, coming and going as the cluster grows and shrinks."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ubgen.dataset import open_store
+from ubgen.errors import UserError
+from ubgen.probes import require_ray
+from ubgen.synth.executors.job import Events, Job
+from ubgen.synth.executors.local import DEATHS, picklable
+from ubgen.synth.leases import Leases
+from ubgen.synth.worker import Account, Links, work
+
+_POLL = 0.5
+_LOOK_AROUND = 5.0  # seconds between two looks at what the cluster has
+_PATIENCE = 60.0  # seconds in which the desk must answer
+
+
+class Desk:
+    """An actor: hands out the leases, and collects what the workers tell."""
+
+    def __init__(self, shards: Sequence[int]) -> None:
+        self._leases = Leases(shards)
+        self._finished: list[int] = []
+        self._images = 0
+        self._shares: dict[str, float] = {}
+
+    def take(self, worker: str) -> int | None:
+        return self._leases.take(worker)
+
+    def finish(self, worker: str, shard: int) -> None:
+        self._leases.finish(worker, shard)
+        self._finished.append(shard)
+
+    def progress(self, images: int, shares: dict[str, float]) -> None:
+        self._images += images
+        self._shares = shares
+
+    def release(self, worker: str) -> list[int]:
+        return self._leases.release(worker)
+
+    def news(self) -> tuple[list[int], int, dict[str, float], int]:
+        """Since the last call: shards finished, images decided, bottlenecks; and the shards that wait for a worker."""
+        news = self._finished, self._images, self._shares, self._leases.waiting
+        self._finished, self._images = [], 0
+        return news
+
+
+class Worker:
+    """An actor: an engine on one device."""
+
+    def __init__(self, job: Job, name: str, desk: Any, device: str, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._job, self._name, self._desk = job, name, desk
+        self._device, self._threads = device, threads
+
+    def run(self) -> tuple[str, Any]:
+        """("account", Account), or ("error", what went wrong)."""
+        ray, desk, job = require_ray(), self._desk, self._job
+
+        def finished(shard: int) -> None:
+            ray.get(desk.finish.remote(self._name, shard))
+
+        links = Links(
+            lambda: ray.get(desk.take.remote(self._name)), finished, lambda *news: desk.progress.remote(*news)
+        )
+        try:
+            chain = job.chain(job.config, job.plan, self._device, self._threads)
+            return "account", work(chain, job.plan, job.config, open_store(job.config.out), links)
+        except Exception as error:
+            return "error", picklable(error)
+
+
+def run_ray(job: Job, shards: Sequence[int], events: Events) -> Account:
+    """Make `shards` on the cluster of `--ray-address`, or on one that is started here for the length of the run.
+
+    The shards of a worker that dies are begun again by others. Workers write to `--out` themselves, so every node must
+    see it: a network file system or object storage. UserError when the cluster cannot be reached or goes away.
+    """
+    ray = require_ray()
+    try:
+        ray.init(
+            address=job.config.ray_address or "local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"no Ray cluster at {job.config.ray_address or 'this machine'}: {str(error).splitlines()[0]}"
+        ) from error
+    try:
+        return _Cluster(ray, job, shards, events).run()
+    except (ray.exceptions.RaySystemError, ray.exceptions.GetTimeoutError, ConnectionError) as error:
+        raise UserError(
+            "the Ray cluster went away; finished shards are kept. Run the same command again to continue"
+        ) from error
+    except ray.exceptions.RayActorError as error:
+        raise UserError(
+            "the node that hands out shards is gone; what is finished is kept. Run the same command again to continue"
+        ) from error
+    finally:
+        ray.shutdown()
+
+
+class _Cluster:
+    def __init__(self, ray: Any, job: Job, shards: Sequence[int], events: Events) -> None:
+        self._ray = ray
+        self._job = replace(job, config=_everywhere(job.config))
+        self._events = events
+        self._gpu = job.config.device.startswith("cuda")
+        self._desk = ray.remote(num_cpus=0)(Desk).remote(list(shards))
+        self._alive: dict[Any, tuple[str, Any]] = {}
+        self._account = Account()
+        self._waiting = len(shards)
+        self._started = self._deaths = 0
+        self._wanted, self._looked = 0, -_LOOK_AROUND
+
+    def run(self) -> Account:
+        self._hire()
+        while self._alive:
+            ended, _ = self._ray.wait(list(self._alive), timeout=_POLL)
+            self._listen()
+            for reference in ended:
+                self._end(reference)
+            self._hire()
+        self._listen()
+        return self._account
+
+    def _hire(self) -> None:
+        """Start workers for which the cluster has a device and the desk a shard."""
+        if time.monotonic() - self._looked >= _LOOK_AROUND:
+            self._wanted, self._looked = self._places(), time.monotonic()
+        begun = min(self._wanted - len(self._alive), self._waiting)
+        for _ in range(begun if self._alive else max(1, begun) if self._waiting else 0):
+            self._start()
+            self._waiting -= 1
+
+    def _places(self) -> int:
+        workers = self._job.config.workers
+        if workers != "auto":
+            return workers
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return int(sum(node.get("GPU", 0) for node in nodes)) if self._gpu else len(nodes)
+
+    def _start(self) -> None:
+        self._started += 1
+        name = f"worker {self._started}"
+        if self._gpu:
+            device, threads, needs = "cuda:0", 1, {"num_gpus": 1}  # Ray shows each worker only its own GPU
+        else:
+            total = int(self._ray.cluster_resources().get("CPU", 1))
+            threads = max(1, total // max(1, self._wanted))
+            device, needs = self._job.config.device, {"num_cpus": threads}
+        actor = self._ray.remote(max_restarts=0, scheduling_strategy="SPREAD", **needs)(Worker)
+        worker = actor.remote(self._job, name, self._desk, device, threads)
+        self._alive[worker.run.remote()] = name, worker  # the handle keeps the actor alive
+
+    def _listen(self) -> None:
+        finished, images, shares, self._waiting = self._ray.get(self._desk.news.remote(), timeout=_PATIENCE)
+        for shard in finished:
+            self._deaths = 0
+            self._events.finished(shard)
+        if images:
+            self._events.progress(images, shares)
+
+    def _end(self, reference: Any) -> None:
+        name, _ = self._alive.pop(reference)
+        try:
+            kind, value = self._ray.get(reference)
+        except (self._ray.exceptions.RayActorError, self._ray.exceptions.WorkerCrashedError) as error:
+            self._died(name, error)
+            return
+        if kind == "error":
+            raise value
+        self._account.add(value)
+
+    def _died(self, name: str, error: Exception) -> None:
+        lost = self._ray.get(self._desk.release.remote(name), timeout=_PATIENCE)
+        self._waiting += len(lost)
+        self._deaths += 1
+        if self._deaths >= DEATHS + self._wanted:
+            raise UserError(
+                f"{self._deaths} workers died one after the other and no shard was finished in between "
+                f"({str(error).splitlines()[0]}); run the same command again to continue"
+            )
+        self._events.say(f"{name} is gone; its {len(lost)} shards are begun again")
+
+
+def _everywhere(config: Any) -> Any:
+    """Other nodes and other working directories: paths from the root."""
+    out = open_store(config.out).local_path
+    return replace(
+        config, engine=Path(config.engine).resolve(), out=str(out.resolve()) if out else str(config.out)
+    )

@@ -1,0 +1,241 @@
+"""One worker: an engine on one device, and the stages from noise to shards, all busy at the same time."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ubgen.dataset import Store
+from ubgen.synth.assembly import Assembly
+from ubgen.synth.config import SynthConfig
+from ubgen.synth.encode import encoder
+from ubgen.synth.feed import Feed
+from ubgen.synth.generator import Scored
+from ubgen.synth.pipeline import Pipeline, Stage, Stopped
+from ubgen.synth.plan import Item, Plan
+from ubgen.synth.selection import Chosen, Selection
+
+TICK = 0.1
+"""Seconds between two looks at which stage the others wait for."""
+
+
+class Chain(Protocol):
+    """What a worker needs of `Generator`."""
+
+    batch: int
+
+    @property
+    def device(self) -> torch.device: ...
+    def denoise(self, items: Sequence[Item]) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+    def score(self, items: Sequence[Item], latents: Tensor, pixels: Tensor) -> Scored: ...
+    def same_bits(self) -> dict[str, bool]: ...
+
+
+@dataclass(frozen=True)
+class Links:
+    """How a worker talks to whoever runs it. `take` may block; `progress` gets the number of images just decided, and
+    the share of the time so far for which each stage was the bottleneck."""
+
+    take: Callable[[], int | None]
+    finished: Callable[[int], None]
+    progress: Callable[[int, dict[str, float]], None] = lambda images, shares: None
+
+
+@dataclass
+class Account:
+    """Seconds each stage was busy, and seconds for which it was the one that the others waited for.
+
+    `same_bits` is what `Generator.same_bits` found, of all workers the worst.
+    """
+
+    images: int = 0
+    seconds: float = 0.0
+    busy: dict[str, float] = field(default_factory=dict)
+    bottleneck: dict[str, float] = field(default_factory=dict)
+    same_bits: dict[str, bool] = field(default_factory=dict)
+
+    def add(self, other: "Account") -> None:
+        """Of several workers: sums."""
+        self.images += other.images
+        self.seconds += other.seconds
+        for mine, theirs in ((self.busy, other.busy), (self.bottleneck, other.bottleneck)):
+            for name, value in theirs.items():
+                mine[name] = mine.get(name, 0.0) + value
+        for name, same in other.same_bits.items():
+            self.same_bits[name] = self.same_bits.get(name, True) and same
+
+    def shares(self) -> dict[str, float]:
+        """Share of the time in which each stage was the bottleneck; they sum to 1."""
+        return _shares(self.bottleneck)
+
+
+@dataclass
+class _Batch:
+    """Travels down the stages. `ready` is what a stage on another CUDA stream has to wait for."""
+
+    items: list[Item]
+    latents: Tensor | None = None
+    pixels: Tensor | None = None
+    scored: Scored | None = None
+    ready: Any = None
+
+
+def work(chain: Chain, plan: Plan, config: SynthConfig, store: Store, links: Links) -> Account:
+    """Make the shards that `links.take` gives, until it gives None.
+
+    An error of any stage ends the worker; shards that it has finished stay.
+    """
+    feed = Feed(plan, links.take)
+    with torch.inference_mode():
+        same_bits = chain.same_bits()
+    start = time.perf_counter()
+    with Assembly(store, plan, config.seed, links.finished) as assembly:
+        stages = _Stages(chain, config, feed, assembly, links)
+        with Pipeline(stages.build()) as pipeline, _ticking(pipeline):
+            stages.pipeline = pipeline
+            try:
+                while items := feed.next(chain.batch, pipeline.check):
+                    pipeline.put(_Batch(items))
+            except Stopped:
+                pass  # the end of the block raises what stopped it
+    seconds = time.perf_counter() - start
+    return Account(stages.images, seconds, *_times(pipeline, seconds), same_bits)
+
+
+class _Stages:
+    """On a GPU each network has a stage and a CUDA stream of its own. On a CPU the networks share one thread, as they
+    would only take the cores from each other; encoding and writing have theirs."""
+
+    pipeline: Pipeline
+
+    def __init__(
+        self, chain: Chain, config: SynthConfig, feed: Feed, assembly: Assembly, links: Links
+    ) -> None:
+        self.images = 0
+        self._chain = chain
+        self._feed = feed
+        self._assembly = assembly
+        self._links = links
+        self._selection = Selection(config)
+        self._encode = encoder(config)
+
+    def build(self) -> list[Stage]:
+        networks = [("denoise", self._denoise), ("decode", self._decode), ("score", self._score)]
+        rest = [
+            Stage("select", self._select),
+            Stage("encode", self._encode, self._scope),
+            Stage("write", self._assembly.add),
+        ]
+        if self._chain.device.type == "cuda":
+            return [Stage(name, self._on_stream(run), self._scope) for name, run in networks] + rest
+        return [Stage("networks", self._one_after_the_other(networks), torch.inference_mode), *rest]
+
+    def _one_after_the_other(
+        self, networks: Sequence[tuple[str, Callable[[_Batch], None]]]
+    ) -> Callable[[_Batch], _Batch]:
+        def run(batch: _Batch) -> _Batch:
+            for name, network in networks:
+                start = time.perf_counter()
+                network(batch)
+                self.pipeline.charge(name, time.perf_counter() - start)
+            return batch
+
+        return run
+
+    def _on_stream(self, network: Callable[[_Batch], None]) -> Callable[[_Batch], _Batch]:
+        def run(batch: _Batch) -> _Batch:
+            stream = torch.cuda.current_stream()
+            if batch.ready is not None:
+                stream.wait_event(batch.ready)
+                for tensor in (batch.latents, batch.pixels):
+                    if tensor is not None:
+                        tensor.record_stream(
+                            stream
+                        )  # its memory is not given away before this stream is done
+            network(batch)
+            batch.ready = stream.record_event()
+            batch.ready.synchronize()  # else this stage would run ahead, and the account show nothing
+            return batch
+
+        return run
+
+    @contextmanager
+    def _scope(self) -> Iterator[None]:
+        device = self._chain.device
+        stream: AbstractContextManager[Any] = (
+            torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+        )
+        with torch.inference_mode(), stream:
+            yield
+
+    def _denoise(self, batch: _Batch) -> None:
+        batch.latents = self._chain.denoise(batch.items)
+
+    def _decode(self, batch: _Batch) -> None:
+        assert batch.latents is not None
+        batch.pixels = self._chain.decode(batch.latents)
+
+    def _score(self, batch: _Batch) -> None:
+        assert batch.latents is not None
+        assert batch.pixels is not None
+        scored = self._chain.score(batch.items, batch.latents, batch.pixels)
+        batch.scored = scored if self._encode.on_device else _to_host(scored)
+
+    def _select(self, batch: _Batch) -> list[Chosen]:
+        assert batch.scored is not None
+        chosen, again = self._selection.judge(zip(batch.items, batch.scored.rows(), strict=True))
+        self._feed.decided(len(batch.items), again)
+        self.images += len(chosen)
+        self._links.progress(len(chosen), _shares(_times(self.pipeline, 1.0)[1]))
+        return chosen
+
+
+def _to_host(scored: Scored) -> Scored:
+    """Pixels in pinned memory, which torch's allocator uses again for a later batch; nothing waits for the copy yet."""
+    if scored.pixels.device.type != "cuda":
+        return scored
+    pinned = torch.empty(scored.pixels.shape, dtype=torch.uint8, pin_memory=True)
+    pinned.copy_(scored.pixels, non_blocking=True)
+    return Scored(pinned, scored.similarity, scored.quality, scored.finite, scored.constant)
+
+
+@contextmanager
+def _ticking(pipeline: Pipeline) -> Iterator[None]:
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(TICK):
+            pipeline.tick()
+
+    thread = threading.Thread(target=tick, name="ubgen-tick", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _shares(seconds: dict[str, float]) -> dict[str, float]:
+    total = sum(seconds.values())
+    return {name: value / total for name, value in seconds.items()} if total else {}
+
+
+def _times(pipeline: Pipeline, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
+    """(busy, bottleneck) in seconds. Where the networks share a stage, its part is split by their own times."""
+    busy, ticks = dict(pipeline.busy), pipeline.bottlenecks()
+    total = sum(ticks.values())
+    bottleneck = {name: seconds * count / total for name, count in ticks.items()} if total else {}
+    together = busy.pop("networks", None)
+    if together is not None:
+        share = bottleneck.pop("networks", 0.0)
+        parts: dict[str, float] = {n: busy[n] for n in ("denoise", "decode", "score") if n in busy}
+        bottleneck = {name: share * part for name, part in _shares(parts).items()} | bottleneck
+        busy = parts | {name: value for name, value in busy.items() if name not in parts}
+    return busy, bottleneck
