@@ -9,6 +9,8 @@ _SCORES = {
     "clip_similarity": ("CLIP similarity", 'CLIP similarity to "photo of {class}", -1 to 1'),
     "quality": ("Q-Align score", "Q-Align score, 1 (bad) to 5 (excellent)"),
 }
+SCORES = tuple(_SCORES)
+"""The scores that ubgen-synth writes."""
 
 
 def score_titles(name: str) -> tuple[str, str]:
