@@ -1,8 +1,10 @@
 """The dataset format: WebDataset tar shards with a sidecar each, written once, read by index or in order."""
 
-from ubgen.dataset.card import write_card, write_classes
+from ubgen.dataset.card import CardFacts, write_card, write_classes
+from ubgen.dataset.croissant import write_croissant
 from ubgen.dataset.index import index_of
 from ubgen.dataset.metadata import is_marked_synthetic, mark_synthetic
+from ubgen.dataset.pictures import write_pictures
 from ubgen.dataset.reader import LabelledImages, Sample, ShardDataset, open_dataset
 from ubgen.dataset.shards import (
     ShardInfo,
@@ -13,15 +15,18 @@ from ubgen.dataset.shards import (
     shard_files,
     shard_name,
 )
+from ubgen.dataset.stats import dataset_stats
 from ubgen.dataset.store import Store, open_store
 
 __all__ = [
+    "CardFacts",
     "LabelledImages",
     "Sample",
     "ShardDataset",
     "ShardInfo",
     "ShardWriter",
     "Store",
+    "dataset_stats",
     "encode_image",
     "finished_shard",
     "finished_shards",
@@ -34,4 +39,6 @@ __all__ = [
     "shard_name",
     "write_card",
     "write_classes",
+    "write_croissant",
+    "write_pictures",
 ]

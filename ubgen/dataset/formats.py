@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ubgen.dataset.card import CARD
 from ubgen.dataset.shards import ShardWriter, finished_shard, shard_name
+from ubgen.dataset.stats import number
 from ubgen.dataset.tars import TarSample
 from ubgen.dataset.text import SCORES, plain, safe_names
 from ubgen.errors import UserError
@@ -264,12 +265,7 @@ def layout(to: str, store: Store, classes: Sequence[Mapping[str, Any]], parts: i
 
 
 def _scores(meta: Mapping[str, Any]) -> dict[str, float | None]:
-    return {name: _number(meta.get(name)) for name in SCORES}
-
-
-def _number(value: object) -> float | None:
-    """Foreign metadata may hold anything under a score's name."""
-    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None  # type: ignore[arg-type]
+    return {name: number(meta.get(name)) for name in SCORES}
 
 
 def _prompt(meta: Mapping[str, Any]) -> str:

@@ -71,8 +71,16 @@ def read_sidecar(shard: ShardInfo) -> dict[str, Any]:
     return sidecar
 
 
+def number(value: object) -> float | None:
+    """A score; None for what is not a finite number, which metadata of others may hold."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if usable else None  # type: ignore[arg-type]
+
+
 def _is_sample(entry: Any) -> bool:
-    return isinstance(entry, dict) and type(entry.get("class_index")) is int and "key" in entry
+    if not isinstance(entry, dict) or "key" not in entry:
+        return False
+    return type(label := entry.get("class_index")) is int and abs(label) < 2**31
 
 
 class _Columns:
@@ -101,7 +109,7 @@ class _Columns:
             column = self.scores[name] = array("d")
         if len(column) != len(self.labels):
             self._fill(column)
-        column.append(value if isinstance(value, float) else float(value) if type(value) is int else np.nan)
+        column.append(np.nan if (known := number(value)) is None else known)
 
     def _fill(self, column: "array[float]") -> None:
         """Samples without the score that others have."""

@@ -1,0 +1,231 @@
+"""ubgen-dataset: look at a finished dataset, check it, compare it, and write it in other layouts."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ubgen.cli._run import run
+from ubgen.dataset import open_dataset, open_store
+from ubgen.dataset.convert import Format
+from ubgen.dataset.convert import convert as convert_dataset
+from ubgen.dataset.diff import Difference
+from ubgen.dataset.diff import diff as compare
+from ubgen.dataset.pictures import write_pictures
+from ubgen.dataset.stats import dataset_stats
+from ubgen.dataset.text import plain, score_titles
+from ubgen.dataset.verify import Verified
+from ubgen.dataset.verify import repair as take_damaged_away
+from ubgen.dataset.verify import verify as check
+
+_DIFFERENT = 1  # exit status of `verify` for a damaged dataset, and of `diff` for different ones
+
+
+def convert(
+    dataset: tyro.conf.Positional[str],
+    out: tyro.conf.Positional[str],
+    to: Format,
+    shard_size: int | None = None,
+) -> None:
+    """Write a dataset as image folders, Parquet or new WebDataset shards. Run again, it continues where it stopped.
+
+    Args:
+        dataset: Directory or URL of a ubgen dataset, or of WebDataset tars from anywhere.
+        out: Directory or URL to write to; empty, or with an unfinished conversion of the same kind.
+        to: "folder" (CLASS/KEY.jpg), "parquet" (Hugging Face) or "webdataset" (tars with DALI index).
+        shard_size: Images in each part of the output; 1000 if not given.
+    """
+    with _bar("converting") as progress:
+        images = convert_dataset(dataset, out, to, shard_size, progress)
+    print(f"{images} images in {out}")
+
+
+def verify(
+    dataset: tyro.conf.Positional[str], decode: bool = True, repair: bool = False, workers: int | None = None
+) -> None:
+    """Read every byte of a dataset: checksums, sidecars, indices, labels, counts, and that each image decodes.
+
+    Exit status 1 when something is damaged.
+
+    Args:
+        dataset: Directory or URL of a ubgen dataset.
+        decode: Decode every image.
+        repair: Delete the manifest and the sidecars of damaged shards, so that ubgen-synth makes these again.
+        workers: Threads; one for each core if not given.
+    """
+    with _bar("verifying") as progress:
+        result = check(dataset, decode=decode, workers=workers, progress=progress)
+    console = Console()
+    console.print(_verified_table(result))
+    for problem in result.problems:
+        console.print(plain(problem, 400), style="red", highlight=False, markup=False)
+    if result.problems:
+        deleted = take_damaged_away(dataset, result) if repair else []
+        _fail(_damage(dataset, result, deleted))
+
+
+def stats(dataset: tyro.conf.Positional[str], out: str | None = None) -> None:
+    """Counts, rejections and the distribution of the scores.
+
+    Args:
+        dataset: Directory or URL of a ubgen dataset; an unfinished one is read as far as it got.
+        out: Directory or URL for stats.json, contact sheets and histograms.
+    """
+    opened = open_dataset(dataset, partial=True)
+    result = dataset_stats(opened)
+    console = Console()
+    console.print(_stats_table(dataset, result))
+    if out is not None:
+        store = open_store(out)
+        if store.local_path:
+            store.local_path.mkdir(parents=True, exist_ok=True)
+        store.write("stats.json", json.dumps(result, indent=1) + "\n")
+        pictures = write_pictures(opened, store, stats=result)
+        console.print(f"stats.json and {len(pictures)} pictures in {out}", highlight=False, markup=False)
+
+
+def diff(
+    a: tyro.conf.Positional[str],
+    b: tyro.conf.Positional[str],
+    tolerance_levels: int = 1,
+    share: float | None = None,
+    out: Path | None = None,
+) -> None:
+    """Tell two datasets apart: plan, bytes, samples, labels, prompts, scores and pixels.
+
+    Exit status 1 when they differ; with --share, when they differ by more than that allows.
+
+    Args:
+        a: Directory or URL of a ubgen dataset.
+        b: Another one.
+        tolerance_levels: Difference of grey levels, of 255, that counts as near.
+        share: Datasets with the same samples, labels and prompts agree when at least this share of the pixels is near.
+        out: File for the figures as JSON.
+    """
+    with _bar("comparing") as progress:
+        result = compare(a, b, levels=tolerance_levels, progress=progress)
+    agrees = result.agrees(share)
+    console = Console()
+    console.print(_diff_table(result))
+    for example in result.examples:
+        console.print(plain(example), highlight=False, markup=False)
+    if out is not None:
+        out.write_text(json.dumps({**result.to_dict(), "agrees": agrees}, indent=1) + "\n", encoding="utf-8")
+    if not agrees:
+        _fail(f"{a} and {b} differ")
+    print("the same bytes" if result.same_bytes else "the same within the tolerance")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "convert": convert,
+    "verify": verify,
+    "stats": stats,
+    "diff": diff,
+}
+
+
+@contextmanager
+def _bar(title: str) -> Any:
+    """Gives a function that takes what is done and the total."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _verified_table(result: Verified) -> Table:
+    counts = result.class_counts
+    return _table(
+        plain(result.where),
+        {
+            "shards": f"{result.shards:,}",
+            "images": f"{result.images:,}" + (" (all decoded)" if result.decoded else " (not decoded)"),
+            "bytes": f"{result.bytes:,}",
+            "classes": f"{len(counts):,}",
+            "images per class": f"{min(counts, default=0):,} to {max(counts, default=0):,}",
+            "rejections": f"{result.rejected:,}",
+            "damaged shards": f"{len(result.damaged):,}",
+            "problems": f"{len(result.problems):,}",
+        },
+    )
+
+
+def _damage(dataset: str, result: Verified, deleted: list[str]) -> str:
+    shards = result.damaged
+    if not shards:
+        return f"{dataset}: {result.problems[0]}"
+    named = f"{dataset}: shard {shards[0]}" + (f" and {len(shards) - 1} more are" if shards[1:] else " is")
+    if deleted:
+        return f"{named} damaged; {len(deleted)} files deleted, now run the same ubgen-synth command again"
+    return f"{named} damaged; the same ubgen-synth command rebuilds what verify --repair takes away"
+
+
+def _stats_table(dataset: str, result: Mapping[str, Any]) -> Table:
+    counts = result["class_counts"]
+    rejected = ", ".join(f"{plain(reason, 60)} {count:,}" for reason, count in result["rejected"].items())
+    rows = {
+        "images": f"{result['images']:,}",
+        "classes": f"{len(counts):,}, with {min(counts, default=0):,} to {max(counts, default=0):,} images",
+        "kept with a flag": f"{result['flagged']:,}",
+        "rejected": rejected or "0",
+    }
+    for name in result["scores"]:
+        score = result[name]
+        if score["count"]:
+            spread = f"{score['mean']:.4f} ± {score['std']:.4f}"
+            range_ = f"5 % {score['quantiles']['0.05']:.4f}, 95 % {score['quantiles']['0.95']:.4f}"
+            rows[score_titles(name)[0]] = f"{spread} ({range_}; {score['min']:.4f} to {score['max']:.4f})"
+    return _table(plain(dataset), rows)
+
+
+def _diff_table(result: Difference) -> Table:
+    psnr = "infinite" if math.isinf(result.psnr) else f"{result.psnr:.2f} dB"
+    return _table(
+        "differences",
+        {
+            "plan": ", ".join(result.plan) or "the same",
+            "bytes": "the same" if result.same_bytes else "different",
+            "samples in both": f"{result.samples:,}",
+            "only in the first, second": f"{result.only_a:,}, {result.only_b:,}",
+            "other label, prompt, flag": f"{result.labels:,}, {result.prompts:,}, {result.flags:,}",
+            **{
+                f"largest difference of {score_titles(n)[0]}": f"{gap:.3g}"
+                for n, gap in result.scores.items()
+            },
+            "images of other bytes": f"{result.images:,} ({result.sizes:,} of another size)",
+            f"pixels within {result.levels} grey levels": f"{result.share:.6%} (worst image {result.lowest_share:.4%})",
+            "largest difference": f"{result.largest} grey levels",
+            "PSNR": psnr,
+        },
+    )
+
+
+def _table(title: str, rows: Mapping[str, str]) -> Table:
+    table = Table(title=Text(title), show_header=False)
+    for name, value in rows.items():
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(_DIFFERENT)
+
+
+def main() -> None:
+    """Entry point of the `ubgen-dataset` command."""
+    about = "Look at a dataset, check it, compare it, and write it in other layouts."
+    run(lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ubgen-dataset", description=about))
+
+
+if __name__ == "__main__":
+    main()
