@@ -85,7 +85,8 @@ def _plan_lines(planned: Planned) -> Iterator[str]:
         yield f"{network.name}: {spec.compiler}, {spec.precision}, {state}"
         yield (
             f"    {network.parameters / 1e6:,.1f} M parameters, {_size(network.weight_bytes)}; for each row "
-            f"{network.flops() / 1e9:,.2f} GFLOP; at batch {spec.batch.max} {_size(network.activation_bytes)} of work"
+            f"{network.flops() / 1e9:,.2f} GFLOP; activations at batch {spec.batch.max}: "
+            f"{_size(network.activation_bytes)}"
         )
         yield from (f"    {tensor.name}: {tensor}" for tensor in network.signature.inputs)
         yield from (f"    -> {tensor.name}: {tensor}" for tensor in network.signature.outputs)
