@@ -10,12 +10,13 @@ import pytest
 
 from ubgen.errors import UserError
 from ubgen.manifest import MANIFEST, atomic_write, content_hash, read_manifest, stage_directory
+from ubgen.storage import open_store
 
 HOLD = """
 import sys
 from pathlib import Path
 from ubgen.manifest import stage_directory
-with stage_directory(Path(sys.argv[1]), "train", {}):
+with stage_directory(Path(sys.argv[1]), "train", {}, shared="shared" in sys.argv):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -88,6 +89,59 @@ def test_an_output_directory_in_use_is_refused_until_its_process_ends(tmp_path):
     holder.communicate()
     with stage_directory(tmp_path, "train", {}) as stage:
         stage.finish({})
+
+
+def test_shared_writers_keep_out_one_that_wants_the_directory_alone(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path), "shared"]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with stage_directory(tmp_path, "train", {}, shared=True) as stage:
+        with pytest.raises(RuntimeError, match="cannot be finished"):
+            stage.finish({})
+        with (
+            pytest.raises(UserError, match="output directory in use"),
+            stage_directory(tmp_path, "train", {}),
+        ):
+            pass
+    with pytest.raises(UserError, match="output directory in use"), stage_directory(tmp_path, "train", {}):
+        pass
+    holder.communicate("")
+    with stage_directory(tmp_path, "train", {}):
+        with (
+            pytest.raises(UserError, match="output directory in use"),
+            stage_directory(tmp_path, "train", {}, shared=True),
+        ):
+            pass
+        with (
+            pytest.raises(ValueError, match="alone"),
+            stage_directory(tmp_path, "train", {}, shared=True, overwrite=True),
+        ):
+            pass
+
+
+def test_what_killed_writers_left_goes_with_the_next_one_that_is_alone(tmp_path):
+    left = tmp_path / ".shard-000000.tar.ab_12345.tmp"
+    left.touch()
+    with stage_directory(tmp_path, "synth", {}, shared=True):
+        assert left.exists()
+    with stage_directory(tmp_path, "synth", {}):
+        assert not left.exists()
+
+
+def test_a_stage_in_object_storage(tmp_path):
+    url = f"memory://{tmp_path.name}/run"
+    with stage_directory(url, "synth", {"seed": 1}) as stage:
+        with pytest.raises(UserError, match="ubgen synth writes to a local directory only"):
+            _ = stage.path
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .* is writing to {url}"):
+            stage_directory(url, "synth", {}).__enter__()
+        stage.finish({})
+    assert read_manifest(url, "synth")["config"] == {"seed": 1}
+    assert open_store(url).names() == [MANIFEST]
+    with pytest.raises(UserError, match=f"{url} is already finished"), stage_directory(url, "synth", {}):
+        pass
+    with stage_directory(url, "synth", {}, overwrite=True), pytest.raises(UserError, match="unfinished"):
+        read_manifest(url)
 
 
 def test_an_output_path_below_a_file_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ubgen.dataset import LabelledImages, ShardWriter, finished_shard, open_dataset, write_card, write_classes
+from ubgen.dataset import LabelledImages, ShardWriter, finished_shard, open_dataset, write_classes
 from ubgen.errors import UserError
 from ubgen.manifest import stage_directory
 
@@ -165,12 +165,3 @@ def test_two_samples_cannot_share_a_place(tmp_path: Path) -> None:
         writer.write(3, picture(0), 0, {})
         with pytest.raises(ValueError, match="position 3"):
             writer.write(3, picture(1), 0, {})
-
-
-def test_the_card_stays_one_table(tmp_path: Path) -> None:
-    write_card(tmp_path, 'a "title"\n# b', {"shards": "12", "odd": "a|b\nc"}, images=2000, classes=2)
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "| odd | a\\|b c |" in card
-    assert "- 1K<n<10K" in card
-    assert "shard-{000000..000011}.tar" in card
-    assert card.startswith('---\npretty_name: "a \\"title\\"\\n# b"\n')
