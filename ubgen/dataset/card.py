@@ -71,16 +71,24 @@ def write_classes(
 
 
 def read_classes(where: str | Path | Store) -> list[dict[str, Any]]:
+    """The entries of classes.json; UserError if it is missing or not what `write_classes` writes."""
     store = open_store(where)
     path = store.address(CLASSES)
     try:
         entries = json.loads(store.read(CLASSES))
-        names = [entry["name"] for entry in entries]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing; {store} is not a ubgen dataset") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a list of classes; run ubgen-synth again") from None
-    return entries if names else []
+    except ValueError:
+        entries = None
+    if not isinstance(entries, list) or not all(_is_class(i, entry) for i, entry in enumerate(entries)):
+        raise UserError(f"{path} is not a list of classes; run ubgen-synth again")
+    return entries
+
+
+def _is_class(index: int, entry: Any) -> bool:
+    if not isinstance(entry, dict) or entry.get("index") != index:
+        return False
+    return isinstance(entry.get("name"), str) and isinstance(entry.get("id"), str)
 
 
 def write_card(where: str | Path | Store, facts: CardFacts) -> None:

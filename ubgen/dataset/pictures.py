@@ -37,8 +37,8 @@ def write_pictures(
 
     contact-sheet.png: the first 8 images of the first 40 classes. contact-sheets/ID.png: the first 64 images of a
     class; of more than 100 classes, only of the 100 with the lowest mean score, as each sheet says. scores.png:
-    histograms of the scores, and the classes' means. throughput.png: from `throughput`, pairs of seconds since the start and images done by then.
-    `stats` is what `dataset_stats` gave for `dataset`, if the caller has it.
+    histograms of the scores, and the classes' means. throughput.png: from `throughput`, pairs of seconds since the
+    start and images done by then. `stats` is what `dataset_stats` gave for `dataset`, if the caller has it.
     """
     store = open_store(out)
     stats = stats or dataset_stats(dataset)
