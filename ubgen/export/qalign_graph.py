@@ -74,7 +74,9 @@ class QAlignScorer(nn.Module):
         for layer in self.layers:
             x = layer(x, self.cos, self.sin, self.mask)
         logits = self.head(self.norm(x[:, -1]))
-        return (torch.softmax(logits.float(), dim=-1) * self.level_weights.float()).sum(dim=-1)
+        # not a sum over the products: ONNX Runtime's sums depend on where in memory a row begins, and an image's
+        # score would change in the last bit with its place in the batch
+        return torch.softmax(logits.float(), dim=-1) @ self.level_weights.float()
 
 
 class FoldedLayer(nn.Module):

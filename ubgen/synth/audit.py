@@ -58,7 +58,8 @@ def audit(
     """
     store = open_store(dataset)
     manifest = read_manifest(dataset, "synth")
-    config = from_dict(manifest["config"], SynthConfig, f"{store}/manifest.json")
+    given = {name: value for name, value in manifest["config"].items() if value is not None}
+    config = from_dict(given, SynthConfig, f"{store}/manifest.json")
     config = replace(config, engine=Path(engine or config.engine), device=device or config.device)
     samples = open_dataset(store)
     chosen = sorted(random.Random(seed).sample(range(len(samples)), min(sample, len(samples))))

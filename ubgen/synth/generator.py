@@ -1,5 +1,6 @@
 """The chain of engines that turns identities into scored images."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ NETWORKS = ("text_encoder", "unet", "vae_decoder", "clip_image", "clip_text", "q
 
 @dataclass(frozen=True)
 class Scored:
-    """A batch. `pixels` (B,H,W,3) uint8; the others (B,): `similarity` to "photo of {class}" in CLIP's space, `quality`
-    in [1, 5], whether the latents are `finite` and the image `constant` (of one colour)."""
+    """A batch, filled up. `pixels` (B,H,W,3) uint8; the others (B,): `similarity` to "photo of {class}" in CLIP's
+    space, `quality` in [1, 5], whether the latents are `finite` and the image `constant` (of one colour)."""
 
     pixels: Tensor
     similarity: Tensor
@@ -31,22 +32,21 @@ class Scored:
     finite: Tensor
     constant: Tensor
 
-    def rows(self) -> list[Made]:
-        """One image each, `pixels` as views; waits for the device."""
+    def rows(self, count: int) -> list[Made]:
+        """The first `count` images, `pixels` as views; waits for the device."""
         columns = (self.similarity, self.quality, self.finite, self.constant)
+        rows = zip(self.pixels, *(column.tolist() for column in columns), strict=True)
         return [
             Made(pixels, similarity, quality, None if finite and not constant else BROKEN[finite])
-            for pixels, similarity, quality, finite, constant in zip(
-                self.pixels, *(column.tolist() for column in columns), strict=True
-            )
+            for pixels, similarity, quality, finite, constant in itertools.islice(rows, count)
         ]
 
 
 class Generator:
     """Holds the engines and the encoded prompts; everything about an image follows from its `Item`.
 
-    `batch` is the number of rows in every call of the UNet. A smaller batch is filled up and the rest dropped: the same
-    rows in calls of the same size come out the same, wherever they stand.
+    Batches of fewer than `batch` images are filled up with copies of the last one: every call of a network is of the
+    same size, as compilers may choose other arithmetic for other sizes.
     """
 
     def __init__(
@@ -75,30 +75,27 @@ class Generator:
     def make(self, items: Sequence[Item]) -> list[Made]:
         """Images of `items`, which may mix classes freely: no row depends on the others."""
         latents = self.denoise(items)
-        return self.score(items, latents, self.decode(latents)).rows()
+        return self.score(items, latents, self.decode(latents)).rows(len(items))
 
     def denoise(self, items: Sequence[Item]) -> Tensor:
-        """Latents of at most `batch` images."""
-        filled = [*items, *[items[-1]] * (self.batch - len(items))]
-        classes = torch.tensor([item.class_index for item in filled], device=self.device)
-        noise = torch.stack([self._noise(item) for item in filled])
+        """(batch,C,h,w), the latents of at most `batch` images first."""
+        noise = torch.stack([self._noise(item) for item in self._filled(items)])
         if self.device.type == "cuda":
             noise = noise.pin_memory()
-        latents = sample_guided(
-            self._guided_unet(self._prompts[classes]),
+        return sample_guided(
+            self._guided_unet(self._prompts[self._classes(items)]),
             self._scheduler,
             noise.to(self.device, non_blocking=True),
             steps=self._config.steps,
         )
-        return latents[: len(items)]
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B,H,W,3) uint8: the decoder's graph ends in bytes, so that no more than these leave the device."""
         return self._run("vae_decoder", "pixels", latents=latents)
 
     def score(self, items: Sequence[Item], latents: Tensor, pixels: Tensor) -> Scored:
-        """What is known of each image, still on the device."""
-        texts = self._texts[torch.tensor([item.class_index for item in items], device=self.device)]
+        """What is known of each row, still on the device."""
+        texts = self._texts[self._classes(items)]
         flat = pixels.flatten(1, 2)
         return Scored(
             pixels,
@@ -116,20 +113,28 @@ class Generator:
         """
         items = [Item(i, i % len(self._texts), i // len(self._texts)) for i in range(self.batch)]
         whole, turned = self._single_calls(items), self._single_calls(items[::-1])
-        first = self._single_calls(items[:1])
+        first = self._single_calls(items[:1], fill=False)
         return {
             "position": all(torch.equal(a, b.flip(0)) for a, b in zip(whole, turned, strict=True)),
             "size": all(torch.equal(a[:1], b) for a, b in zip(whole, first, strict=True)),
         }
 
-    def _single_calls(self, items: Sequence[Item]) -> list[Tensor]:
-        classes = torch.tensor([item.class_index for item in items], device=self.device)
+    def _single_calls(self, items: Sequence[Item], fill: bool = True) -> list[Tensor]:
+        classes = self._classes(items, fill)
         noise = torch.stack([self._noise(item) for item in items]).to(self.device)
         timestep = torch.full((len(items),), 501.0, device=self.device)
         latents = self._guided_unet(self._prompts[classes])(noise, timestep)
         pixels = self.decode(noise)
-        scored = self.score(items, latents, pixels)
-        return [latents, pixels, scored.similarity, scored.quality]
+        features = self._run("clip_image", "features", pixels=pixels)
+        return [latents, pixels, features, self._run("qalign", "score", pixels=pixels)]
+
+    def _filled(self, items: Sequence[Item]) -> list[Item]:
+        return [*items, *[items[-1]] * (self.batch - len(items))]
+
+    def _classes(self, items: Sequence[Item], fill: bool = True) -> Tensor:
+        """(batch,) class indices."""
+        rows = self._filled(items) if fill else items
+        return torch.tensor([item.class_index for item in rows], device=self.device)
 
     def _noise(self, item: Item) -> Tensor:
         return initial_noise(

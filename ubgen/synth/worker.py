@@ -189,7 +189,9 @@ class _Stages:
 
     def _select(self, batch: _Batch) -> list[Chosen]:
         assert batch.scored is not None
-        chosen, again = self._selection.judge(zip(batch.items, batch.scored.rows(), strict=True))
+        chosen, again = self._selection.judge(
+            zip(batch.items, batch.scored.rows(len(batch.items)), strict=True)
+        )
         self._feed.decided(len(batch.items), again)
         self.images += len(chosen)
         self._links.progress(len(chosen), _shares(_times(self.pipeline, 1.0)[1]))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from ubgen.errors import UserError
 from ubgen.export import Exported
 from ubgen.manifest import read_manifest, stage_directory
 from ubgen.rewards import Clip, QAlign
-from ubgen.synth import SynthConfig, synthesise
+from ubgen.synth import SynthConfig, Watch, audit, synthesise
 
 NAMES = ("crane", "red wine", "drake's egg", "stop sign", "ox")
 STEPS = 4
@@ -29,7 +30,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def config(exported: Exported, class_file: str, tmp_path_factory: pytest.TempPathFactory) -> SynthConfig:
-    out = tmp_path_factory.mktemp("data") / "dataset"
+    out = str(tmp_path_factory.mktemp("data") / "dataset")
     return SynthConfig(
         exported.path, class_file, per_class=4, out=out, batch=4, steps=STEPS, shard_size=6, format="png"
     )
@@ -39,11 +40,12 @@ def config(exported: Exported, class_file: str, tmp_path_factory: pytest.TempPat
 def dataset(config: SynthConfig) -> Path:
     """The undisturbed run: 5 classes x 4 images in shards of 6, 6, 6 and 2."""
     synthesise(config)
-    return config.out
+    return Path(config.out)
 
 
-def shards(out: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(out.glob("shard-*"))}
+def shards(out: str | Path) -> dict[str, bytes]:
+    """Everything about the samples; what describes them beside it may hold times and paths."""
+    return {p.name: p.read_bytes() for p in sorted(Path(out).glob("shard-*"))}
 
 
 def command(config: SynthConfig) -> list[str]:
@@ -65,15 +67,26 @@ def test_the_dataset_is_whole_and_described(dataset: Path) -> None:
     samples = open_dataset(dataset)
     assert len(samples) == 20
     assert [s.label for s in samples] == [0, 1, 2, 3, 4] * 4
-    assert samples[7].meta["identity"] == {"seed": 0, "class_index": 2, "image_index": 1}
+    assert samples[7].meta["identity"] == {
+        "seed": 0,
+        "class_index": 2,
+        "image_index": 1,
+        "attempt": 0,
+    }
     assert samples[7].class_name == samples[7].meta["prompt"] == "drake's egg"
     manifest = read_manifest(dataset, "synth")
     scores = [entry["quality"] for entry in samples.entries()]
     assert manifest["stats"]["quality"]["mean"] == pytest.approx(sum(scores) / 20)
     assert all(1 <= score <= 5 for score in scores)
-    sheet = Image.open(dataset / "contact-sheet.png")
-    assert sheet.size == (150 + 4 * 100, 5 * 100 + 4)
+    pictures = ["contact-sheet.png", "contact-sheets/drake-s-egg.png", "scores.png", "throughput.png"]
+    assert all(Image.open(dataset / name).size > (100, 100) for name in pictures)
     assert (dataset / "README.md").read_text(encoding="utf-8").startswith("---\n")
+    assert (dataset / "rejections.jsonl").read_bytes() == b""
+    speed = manifest["speed"]
+    assert set(speed["busy_seconds"]) == {"denoise", "decode", "score", "select", "encode", "write"}
+    assert sum(speed["bottleneck_shares"].values()) == pytest.approx(1)
+    assert speed["throughput"][-1][1] == 20
+    assert manifest["same_bits"].keys() == {"position", "size"}
 
 
 def test_images_and_scores_are_those_of_pytorch(dataset: Path, family: dict[str, str], lora: Path) -> None:
@@ -100,7 +113,7 @@ def test_images_and_scores_are_those_of_pytorch(dataset: Path, family: dict[str,
 def test_batch_and_shards_do_not_change_the_images(
     config: SynthConfig, dataset: Path, tmp_path: Path
 ) -> None:
-    other = dataclasses.replace(config, out=tmp_path / "other", batch=7, shard_size=20)
+    other = dataclasses.replace(config, out=str(tmp_path / "other"), batch=7, shard_size=20)
     synthesise(other)
     for ours, theirs in zip(open_dataset(dataset), open_dataset(other.out), strict=True):
         assert ours.meta["identity"] == theirs.meta["identity"]
@@ -108,8 +121,108 @@ def test_batch_and_shards_do_not_change_the_images(
         assert (difference <= 1).mean() >= 0.999
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"workers": 2}, {"workers": 1, "batch": 3}],
+    ids=["two processes", "another batch"],
+)
+def test_any_number_of_workers_gives_the_same_bytes(
+    config: SynthConfig, dataset: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    other = dataclasses.replace(config, out=str(tmp_path / "other"), **change)
+    result = synthesise(other)
+    assert (result.complete, result.made) == (True, 20)
+    assert shards(other.out) == shards(dataset)
+
+
+def test_parts_of_a_static_run_make_one_dataset(config: SynthConfig, dataset: Path, tmp_path: Path) -> None:
+    """One after the other, the last part twice, as a job array that is queued again would."""
+    parts = [
+        dataclasses.replace(config, out=str(tmp_path / "parts"), executor="static", part=f"{i}/3")
+        for i in (1, 2, 3)
+    ]
+    first, second = synthesise(parts[2]), synthesise(parts[0])
+    assert (first.complete, second.complete) == (False, False)
+    assert (first.made, second.made) == (6, 6 + 2)
+    assert not synthesise(parts[2]).made
+    with pytest.raises(UserError, match="unfinished or not a ubgen synth directory"):
+        open_dataset(tmp_path / "parts")
+    last = synthesise(parts[1])
+    assert (last.complete, last.made) == (True, 6)
+    assert shards(tmp_path / "parts") == shards(dataset)
+    with pytest.raises(UserError, match="already finished"):
+        synthesise(parts[0])
+
+
+def test_images_that_are_not_good_enough_are_drawn_again(
+    config: SynthConfig, dataset: Path, tmp_path: Path
+) -> None:
+    """The threshold is the median of the undisturbed run: about half of the images need another attempt."""
+    median = float(np.median([e["clip_similarity"] for e in open_dataset(dataset).entries()]))
+    picky = dataclasses.replace(config, out=str(tmp_path / "picky"), min_similarity=median, attempts=4)
+    synthesise(picky)
+    samples = open_dataset(picky.out)
+    entries = list(samples.entries())
+    assert len(entries) == 20
+    assert all(e["clip_similarity"] >= median or e["flag"] == "similarity" for e in entries)
+    assert any(
+        e["clip_similarity"] >= median and s.meta["identity"]["attempt"]
+        for e, s in zip(entries, samples, strict=True)
+    )
+    ledger = [json.loads(line) for line in (tmp_path / "picky" / "rejections.jsonl").read_text().splitlines()]
+    assert len(ledger) >= 8
+    assert all(line["clip_similarity"] < median and line["reason"] == "similarity" for line in ledger)
+    attempts = {(line["class_index"], line["image_index"], line["attempt"]) for line in ledger}
+    assert len(attempts) == len(ledger)
+    assert audit(picky.out, sample=20).same_bytes == 20
+    again = dataclasses.replace(picky, out=str(tmp_path / "again"), workers=2)
+    synthesise(again)
+    assert shards(again.out) == shards(picky.out)
+
+
+def test_a_failing_threshold_ends_with_one_line(config: SynthConfig, tmp_path: Path) -> None:
+    hopeless = dataclasses.replace(config, min_quality=5.0, attempts=2, exhausted="fail")
+    for workers in (1, 2):
+        out = str(tmp_path / f"out-{workers}")
+        with pytest.raises(UserError, match=r"none of 2 attempts is good enough .* Q-Align score"):
+            synthesise(dataclasses.replace(hopeless, out=out, workers=workers))
+
+
+def test_audit_renders_again_and_finds_what_was_changed(
+    config: SynthConfig, dataset: Path, tmp_path: Path
+) -> None:
+    found = audit(dataset, sample=12)
+    assert (found.samples, found.same_bytes, found.within, found.largest) == (12, 12, 1.0, 0)
+    assert found.passed
+    assert found.same_engine
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    places = [entry["image"] for entry in open_dataset(copy).shards[0].samples()]
+    longer, shorter = sorted(range(6), key=lambda i: -places[i][1])[
+        :2
+    ]  # the bytes after a PNG's end do not count
+    data = bytearray((copy / "shard-000000.tar").read_bytes())
+    (to, room), (start, size) = places[longer], places[shorter]
+    data[to : to + room] = data[start : start + size].ljust(room, b"\0")
+    (copy / "shard-000000.tar").write_bytes(data)
+    changed = audit(copy, sample=20)
+    assert changed.differing == [f"{longer:09d}"]
+    assert not changed.passed
+
+
+def test_prompts_of_classes_can_be_replaced(config: SynthConfig, dataset: Path, tmp_path: Path) -> None:
+    overrides = tmp_path / "prompts.tsv"
+    overrides.write_text("crane\tcrane, a bird", encoding="utf-8")
+    other = dataclasses.replace(config, out=str(tmp_path / "other"), prompts=overrides)
+    synthesise(other)
+    pairs = list(zip(open_dataset(dataset), open_dataset(other.out), strict=True))
+    assert [theirs.meta["prompt"] for _, theirs in pairs[:2]] == ["crane, a bird", "red wine"]
+    changed = {ours.label for ours, theirs in pairs if ours.image.tobytes() != theirs.image.tobytes()}
+    assert changed == {0}
+
+
 def test_another_seed_gives_other_images(config: SynthConfig, dataset: Path, tmp_path: Path) -> None:
-    other = dataclasses.replace(config, out=tmp_path / "other", seed=1, per_class=1)
+    other = dataclasses.replace(config, out=str(tmp_path / "other"), seed=1, per_class=1)
     synthesise(other)
     ours, theirs = (np.asarray(open_dataset(path)[0].image, int) for path in (dataset, other.out))
     assert np.abs(ours - theirs).mean() > 1
@@ -118,49 +231,52 @@ def test_another_seed_gives_other_images(config: SynthConfig, dataset: Path, tmp
 def test_killed_and_continued_gives_the_same_bytes(
     config: SynthConfig, dataset: Path, tmp_path: Path
 ) -> None:
-    killed = dataclasses.replace(config, out=tmp_path / "killed")
+    out = tmp_path / "killed"
+    killed = dataclasses.replace(config, out=str(out))
     process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (killed.out / ".shard-000001.tar.tmp").exists():
+    while not (out / "shard-000000.json").exists():
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert (killed.out / "shard-000000.json").exists()
-    assert not (killed.out / "manifest.json").exists()
+    assert not (out / "manifest.json").exists()
+    (out / "shard-000003.json").unlink(
+        missing_ok=True
+    )  # so that there is something left to do, however quick it was
     with pytest.raises(UserError, match=r"another --seed \(0 there, 5 now\)"):
         synthesise(dataclasses.replace(killed, seed=5))
-    kept = (killed.out / "shard-000000.tar").stat().st_mtime_ns
+    kept = (out / "shard-000000.tar").stat().st_mtime_ns
     seen: list[tuple[int, int]] = []
-    result = synthesise(killed, lambda done, total: seen.append((done, total)))
+    result = synthesise(killed, Watch(lambda done, total: seen.append((done, total))))
     assert result.made < result.images
     assert seen[0] == (20 - result.made, 20)
     assert seen[-1] == (20, 20)
-    assert (killed.out / "shard-000000.tar").stat().st_mtime_ns == kept
-    assert shards(killed.out) == shards(dataset)
+    assert (out / "shard-000000.tar").stat().st_mtime_ns == kept
+    assert shards(out) == shards(dataset)
 
 
 def test_a_full_disk_keeps_what_is_finished(config: SynthConfig, dataset: Path, tmp_path: Path) -> None:
     """A limit on file sizes, set after the first shard, makes writes fail as a full disk does."""
-    limited = dataclasses.replace(config, out=tmp_path / "limited")
+    limited = dataclasses.replace(config, out=str(tmp_path / "limited"))
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_disk(done: int, total: int) -> None:
-        if done == 6:
+        if done >= 6:
             resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(OSError, match=r"shard-00000\d\.tar"):
-            synthesise(limited, fill_disk)
+            synthesise(limited, Watch(fill_disk))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list(limited.out.glob(".shard-*"))
+    assert not list(Path(limited.out).glob(".shard-*"))
     synthesise(limited)
     assert shards(limited.out) == shards(dataset)
 
 
 def test_the_command_ends_with_one_line(config: SynthConfig, dataset: Path, tmp_path: Path) -> None:
-    limited = dataclasses.replace(config, out=tmp_path / "limited")
+    limited = dataclasses.replace(config, out=str(tmp_path / "limited"))
     result = subprocess.run(
         command(limited),
         capture_output=True,
@@ -182,22 +298,22 @@ def test_a_finished_dataset_is_kept(config: SynthConfig, dataset: Path) -> None:
 
 
 def test_overwriting_makes_another(config: SynthConfig, dataset: Path, tmp_path: Path) -> None:
-    small = dataclasses.replace(config, out=tmp_path / "d", per_class=2)
+    small = dataclasses.replace(config, out=str(tmp_path / "d"), per_class=2)
     synthesise(small)
     synthesise(dataclasses.replace(small, per_class=1, seed=3, overwrite=True))
     assert len(open_dataset(small.out)) == 5
-    assert json.loads((small.out / "run.json").read_text(encoding="utf-8"))["--seed"] == 3
+    assert json.loads((tmp_path / "d" / "run.json").read_text(encoding="utf-8"))["--seed"] == 3
 
 
 def test_a_directory_in_use_is_refused(config: SynthConfig, tmp_path: Path) -> None:
-    busy = dataclasses.replace(config, out=tmp_path / "busy")
+    busy = dataclasses.replace(config, out=str(tmp_path / "busy"))
     with stage_directory(busy.out, "synth", {}), pytest.raises(UserError, match="in use"):
         synthesise(busy)
-    assert [p.name for p in busy.out.iterdir()] == [".lock"]
+    assert [p.name for p in (tmp_path / "busy").iterdir()] == [".lock"]
 
 
 def test_wrong_engine_or_batch_is_named(config: SynthConfig, tmp_path: Path) -> None:
-    fresh = dataclasses.replace(config, out=tmp_path / "out")
+    fresh = dataclasses.replace(config, out=str(tmp_path / "out"))
     with pytest.raises(UserError, match="unfinished or not a ubgen export directory"):
         synthesise(dataclasses.replace(fresh, engine=tmp_path))
     with pytest.raises(UserError, match=r"--batch 200: the UNet .* takes 1 to 128 images"):
@@ -210,4 +326,4 @@ def test_wrong_engine_or_batch_is_named(config: SynthConfig, tmp_path: Path) -> 
 def test_a_read_only_directory_is_refused(config: SynthConfig, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot write"):
-        synthesise(dataclasses.replace(config, out=tmp_path / "out"))
+        synthesise(dataclasses.replace(config, out=str(tmp_path / "out")))
