@@ -1,0 +1,108 @@
+"""ubgen-dataset as the user calls it: what it prints, its exit status, and that no name reaches the terminal raw."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ubgen.cli import dataset as command
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Exit status, standard output and standard error of `ubgen-dataset ARGUMENTS`."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ubgen-dataset", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        status = 0
+        try:
+            command.main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        out, error = capsys.readouterr()
+        return status, out, error
+
+    return run
+
+
+@pytest.fixture
+def jpegs(datasets_by_extension: Callable[[str], Path]) -> Path:
+    return datasets_by_extension("jpg")
+
+
+def test_verify_repair(jpegs: Path, tmp_path: Path, run: Run) -> None:
+    status, out, error = run("verify", jpegs)
+    assert (status, error.strip()) == (0, "")
+    assert "24 (all decoded)" in out
+    damaged = Path(shutil.copytree(jpegs, tmp_path / "d"))
+    tar = damaged / "shard-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    status, out, error = run("verify", damaged, "--no-decode")
+    assert status == 1
+    assert "shard-000001: " in out
+    assert (
+        error.strip()
+        .splitlines()[-1]
+        .startswith(f"error: {damaged}: shard 1 is damaged; the same ubgen-synth command")
+    )
+    assert run("verify", damaged, "--repair")[0] == 1
+    assert not (damaged / "manifest.json").exists()
+    assert not (damaged / "shard-000001.json").exists()
+    assert (damaged / "shard-000000.json").exists()
+    assert run("verify", damaged)[0] == 0  # what is left is whole
+
+
+def test_stats(jpegs: Path, tmp_path: Path, run: Run) -> None:
+    status, out, _ = run("stats", jpegs, "--out", tmp_path / "new" / "stats")
+    assert status == 0
+    assert "4, with 6 to 6 images" in out
+    stats = json.loads((tmp_path / "new" / "stats" / "stats.json").read_text())
+    assert (stats["images"], stats["flagged"]) == (24, 1)
+    assert {"contact-sheet.png", "contact-sheets", "scores.png"} <= {
+        p.name for p in (tmp_path / "new" / "stats").iterdir()
+    }
+
+
+def test_diff(jpegs: Path, datasets_by_extension: Callable[[str], Path], tmp_path: Path, run: Run) -> None:
+    assert run("diff", jpegs, jpegs)[0] == 0
+    pngs = datasets_by_extension("png")
+    status, _, error = run("diff", jpegs, pngs)
+    assert (status, error.strip().splitlines()[-1]) == (1, f"error: {jpegs} and {pngs} differ")
+    # images of one colour survive JPEG to a grey level
+    figures = tmp_path / "figures.json"
+    status, out, _ = run("diff", jpegs, pngs, "--tolerance-levels", 1, "--share", 0.999, "--out", figures)
+    assert status == 0
+    assert "the same within the tolerance" in out
+    assert json.loads(figures.read_text())["agrees"] is True
+
+
+def test_convert(jpegs: Path, tmp_path: Path, run: Run) -> None:
+    status, out, _ = run("convert", jpegs, tmp_path / "out", "--to", "webdataset", "--shard-size", 5)
+    assert (status, out.strip()) == (0, f"24 images in {tmp_path / 'out'}")
+    assert run("verify", tmp_path / "out")[0] == 0
+    status, _, error = run("convert", jpegs, tmp_path / "out", "--to", "parquet")
+    assert (status, error.strip()) == (
+        2,
+        f"error: {tmp_path / 'out'} is already finished; choose another output directory",
+    )
+
+
+def test_wrong_inputs_are_one_line(tmp_path: Path, run: Run) -> None:
+    for arguments in (
+        ("verify", tmp_path / "none"),
+        ("stats", tmp_path / "none"),
+        ("diff", tmp_path / "none", tmp_path),
+        ("convert", tmp_path / "none", tmp_path / "out", "--to", "folder"),
+        ("verify", "nosuch://x/y"),
+    ):
+        status, _, error = run(*arguments)
+        assert status == 2
+        lines = error.strip().splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("error: ")

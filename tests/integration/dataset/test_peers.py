@@ -1,0 +1,166 @@
+"""The libraries that people read datasets with open ours, and see every sample with its label."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ubgen.dataset.convert import convert
+
+LABELS = [position % 4 for position in range(24)]
+SHARDS = "shard-{000000..000002}.tar"
+
+
+def brightness(image: Image.Image) -> int:
+    return round(float(np.asarray(image.convert("RGB")).mean()))
+
+
+def check(images: list[Any], labels: list[Any]) -> None:
+    """All samples, each image with the label that it was written with, in any order."""
+    pairs = sorted(zip(labels, map(brightness, images), strict=True))
+    assert pairs == sorted((position % 4, 60 * (position % 4) + position) for position in range(24))
+
+
+def test_webdataset(dataset: Path, extension: str) -> None:
+    import webdataset
+
+    samples = webdataset.WebDataset(str(dataset / SHARDS), shardshuffle=False).decode("pil")
+    rows = list(samples.to_tuple(extension, "cls", "json"))
+    check([row[0] for row in rows], [row[1] for row in rows])
+    assert rows[20][2]["flag"] == "quality"
+
+
+def test_torchvision_image_folder(dataset: Path, tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    convert(dataset, tmp_path / "out", "folder", 10)
+    folder = ImageFolder(tmp_path / "out")
+    assert folder.classes == ["n01440764", "n02012849", "n03126707", "n09999999"]
+    check([image for image, _ in folder], [label for _, label in folder])
+
+
+def test_timm_folder(dataset: Path, tmp_path: Path) -> None:
+    from timm.data import create_dataset
+
+    convert(dataset, tmp_path / "out", "folder", 10)
+    samples = [(image, label) for image, label in create_dataset("", str(tmp_path / "out"))]
+    check([image for image, _ in samples], [label for _, label in samples])
+
+
+def test_timm_webdataset(dataset: Path) -> None:
+    from timm.data import create_dataset
+
+    samples = list(create_dataset("wds/", str(dataset), split=f"{SHARDS}|24"))
+    check([image for image, _ in samples], [label for _, label in samples])
+
+
+def test_dali(dataset: Path, extension: str) -> None:
+    """On the CPU, with our index files."""
+    dali = pytest.importorskip("nvidia.dali")
+    from nvidia.dali import fn
+
+    @dali.pipeline_def(batch_size=24, num_threads=1, device_id=None)
+    def pipeline() -> Any:
+        encoded, label = fn.readers.webdataset(
+            paths=[str(dataset / f"shard-{i:06d}.tar") for i in range(3)],
+            index_paths=[str(dataset / f"shard-{i:06d}.idx") for i in range(3)],
+            ext=[extension, "cls"],
+            missing_component_behavior="error",
+        )
+        return fn.decoders.image(encoded), label
+
+    pipe = pipeline()
+    pipe.build()
+    images, labels = pipe.run()
+    assert sum(pipe.epoch_size().values()) == 24
+    check(
+        [Image.fromarray(np.asarray(images.at(i))) for i in range(24)],
+        [int(bytes(np.asarray(labels.at(i)))) for i in range(24)],
+    )
+
+
+HUGGING_FACE = """
+import json, sys
+from datasets import ClassLabel, Image, load_dataset
+arguments = json.loads(sys.argv[1])
+data = load_dataset(*arguments["args"], **arguments["kwargs"], split="train", cache_dir=sys.argv[2])
+image, label = arguments["image"], arguments["label"]
+assert isinstance(data.features[image], Image), data.features
+names = data.features[label].names if isinstance(data.features[label], ClassLabel) else None
+import numpy as np
+means = [round(float(np.asarray(row[image].convert("RGB")).mean())) for row in data]
+print(json.dumps({"means": means, "labels": list(data[label]), "names": names}))
+"""
+
+
+def hugging_face(cache: Path, image: str, label: str, *args: str, **kwargs: str) -> dict[str, Any]:
+    """load_dataset in a process of its own: it reads where it may look for data when it is imported."""
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache / "home")}
+    arguments = json.dumps({"args": args, "kwargs": kwargs, "image": image, "label": label})
+    done = subprocess.run(
+        [sys.executable, "-c", HUGGING_FACE, arguments, str(cache)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **offline},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_means(read: dict[str, Any]) -> None:
+    pairs = sorted(zip(read["labels"], read["means"], strict=True))
+    assert pairs == sorted((position % 4, 60 * (position % 4) + position) for position in range(24))
+
+
+def test_hugging_face_reads_the_shards(dataset: Path, extension: str, tmp_path: Path) -> None:
+    """Only sample 20 has a flag, which those that it looks at to find the columns do not have."""
+    check_means(
+        hugging_face(tmp_path, extension, "cls", "webdataset", data_files=str(dataset / "shard-*.tar"))
+    )
+
+
+def test_hugging_face_follows_the_card(dataset: Path, extension: str, tmp_path: Path) -> None:
+    check_means(hugging_face(tmp_path, extension, "cls", str(dataset)))
+
+
+def test_hugging_face_reads_parquet(dataset: Path, tmp_path: Path) -> None:
+    convert(dataset, tmp_path / "out", "parquet", 10)
+    read = hugging_face(tmp_path / "cache", "image", "label", str(tmp_path / "out"))
+    check_means(read)
+    assert read["names"] == ["tench, Tinca tinca", "crane (n02012849)", "crane (n03126707)", "../a/b <b>"]
+
+
+def test_hugging_face_reads_the_folder(dataset: Path, tmp_path: Path) -> None:
+    convert(dataset, tmp_path / "out", "folder", 10)
+    check_means(hugging_face(tmp_path / "cache", "image", "label", str(tmp_path / "out")))
+
+
+def test_mlcroissant(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It unpacks tars into a cache that knows them by name alone, so that each dataset needs a cache of its own."""
+    import mlcroissant
+    from etils import epath
+    from mlcroissant._src.operation_graph.operations import extract
+
+    monkeypatch.setattr(extract, "EXTRACT_PATH", epath.Path(tmp_path / "extract"))
+    croissant = mlcroissant.Dataset(str(dataset / "croissant.json"))
+    assert not croissant.metadata.ctx.issues.errors
+    records = list(croissant.records("samples"))
+    check([record["samples/image"] for record in records], [record["samples/label"] for record in records])
+    assert {round(record["samples/quality"], 6) for record in records} == {1 + i / 8 for i in range(24)}
+    classes = list(croissant.records("classes"))
+    assert [record["classes/index"] for record in classes] == [0, 1, 2, 3]
+    assert classes[1]["classes/name"] == b"crane"
+
+
+def test_hugging_face_card(dataset: Path) -> None:
+    from huggingface_hub import DatasetCard
+
+    card = DatasetCard.load(dataset / "README.md")
+    assert (card.data.license, card.data.pretty_name) == ("mit", "miniature")
