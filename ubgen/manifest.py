@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ubgen import __version__
+from ubgen.atomic import atomic_write as atomic_write
 from ubgen.errors import UserError
 from ubgen.locks import Hold, hold
 from ubgen.storage import Store, open_store
-from ubgen.storage import atomic_write as atomic_write
 
 MANIFEST = "manifest.json"
 _LIBRARIES = (

@@ -8,7 +8,6 @@ import errno
 import os
 import re
 import tempfile
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from ubgen.atomic import atomic_write, naming, replacing
 from ubgen.errors import UserError
 
 T = TypeVar("T")
@@ -23,7 +23,6 @@ T = TypeVar("T")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+(?:::[A-Za-z][A-Za-z0-9+.-]+)*):/+(.*)", re.DOTALL)
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
-_UMASK = threading.Lock()
 _WAITS = (0.5, 1.0, 2.0)  # seconds before each further try
 
 
@@ -110,7 +109,8 @@ def open_store(where: "str | Path | Store") -> Store:
     """The directory at `where`: a path, or a URL of any protocol that fsspec knows.
 
     For S3, credentials and endpoint come from the usual AWS environment variables and files (AWS_ACCESS_KEY_ID,
-    AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3 for another S3 server, ...).
+    AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3 for another S3 server, ...). A server
+    that does not answer is tried again for one to two minutes; AWS_MAX_ATTEMPTS makes that shorter or longer.
     UserError when nothing installed knows the protocol.
     """
     if isinstance(where, Store):
@@ -165,7 +165,7 @@ class LocalStore(Store):
         atomic_write(self.local_path / name, data)
 
     def new_file(self, name: str) -> Any:
-        return _replacing(self.local_path / name)
+        return replacing(self.local_path / name)
 
     def create(self, name: str, data: bytes) -> bool:
         try:
@@ -283,11 +283,14 @@ class RemoteStore(Store):
 
     @contextmanager
     def new_file(self, name: str) -> Iterator[BinaryIO]:
-        with tempfile.NamedTemporaryFile(prefix="ubgen-", suffix=".upload") as file:
-            with _named(Path(file.name)):
+        directory = tempfile.gettempdir()
+        # without a name, it goes even if this process is killed
+        with tempfile.TemporaryFile(dir=directory, buffering=1 << 20) as file:
+            with naming(Path(directory)):
                 yield file  # type: ignore[misc]  # a wrapper of a BinaryIO
                 file.flush()
-            self._put(name, lambda: self._upload(file.name, name))
+            file.seek(0)
+            self._put(name, lambda: self._upload(f"/dev/fd/{file.fileno()}", name))
 
     def _upload(self, local: str, name: str) -> None:
         system, root = self._connect()
@@ -343,63 +346,3 @@ def _missing_package(url: str, error: ImportError) -> str:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def atomic_write(path: Path, data: bytes | memoryview | str) -> None:
-    """Write `data` (text as UTF-8) to `path` so that a reader or a crash sees the old content or all of the new."""
-    with _replacing(Path(path)) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file beside `path` that takes its place, on disk, at the end.
-
-    Its name is new each time: were it fixed, two writers of one file could write into each other's.
-    """
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        file = os.fdopen(descriptor, "wb", buffering=1 << 20)
-        try:
-            with _named(path):
-                os.fchmod(descriptor, 0o666 & ~_umask())
-                yield file
-                file.flush()
-                os.fsync(descriptor)
-        finally:
-            with suppress(OSError):  # on a full disk, closing tries once more to write what is left
-                file.close()
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """An error from writing to an open file does not say which file it was."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def _umask() -> int:
-    with _UMASK:  # it can only be read by setting it: two threads at once could leave it at zero
-        mask = os.umask(0)
-        os.umask(mask)
-    return mask
-
-
-def _sync_directory(directory: Path) -> None:
-    """The rename itself survives a power cut only once the directory is on disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a directory
-            raise
-    finally:
-        os.close(descriptor)

@@ -187,18 +187,39 @@ print(sorted(finished_shards(sys.argv[1])), *__import__("os").listdir(sys.argv[1
 """
 
 
-@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare(1), to mount a small file system")
-def test_a_full_disk_keeps_the_finished_shards(tmp_path: Path) -> None:
-    """On a real file system of 512 KiB, mounted for the child process alone."""
-    mount = 'mount -t tmpfs -o size=512k none "$1" && exec "$2" -c "$3" "$1"'
-    command = ["unshare", "-rm", "sh", "-c", mount, "sh", str(tmp_path), sys.executable, FILL]
+def on_a_mount(options: str, directory: Path, program: str) -> list[str]:
+    """What `program` prints with a small file system at `directory`, mounted for this child process alone."""
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare(1), to mount a small file system")
+    mount = f'mount -t tmpfs -o {options} none "$1" && exec "$2" -c "$3" "$1"'
+    command = ["unshare", "-rm", "sh", "-c", mount, "sh", str(directory), sys.executable, program]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if not answer.stdout and ("unshare" in answer.stderr or "mount" in answer.stderr):
         pytest.skip(f"cannot mount a file system here: {answer.stderr.strip()}")
-    error, left = answer.stdout.splitlines()
+    return answer.stdout.splitlines()
+
+
+def test_a_full_disk_keeps_the_finished_shards(tmp_path: Path) -> None:
+    error, left = on_a_mount("size=512k", tmp_path, FILL)
     assert error == f"[Errno 28] No space left on device: '{tmp_path}/shard-000001.tar'"
     assert left.startswith("[0] ")
     assert sorted(left.split()[1:]) == [f"shard-000000.{ending}" for ending in ("idx", "json", "tar")]
+
+
+def test_a_read_only_file_system_is_named(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from ubgen.dataset import ShardWriter\n"
+        "from ubgen.manifest import stage_directory\n"
+        "for enter in (lambda: stage_directory(sys.argv[1], 'synth', {}), lambda: ShardWriter(sys.argv[1], 0)):\n"
+        "    try:\n"
+        "        enter().__enter__()\n"
+        "    except Exception as error:\n"
+        "        print(error)"
+    )
+    stage, shard = on_a_mount("ro", tmp_path, program)
+    assert stage == f"cannot write to output directory {tmp_path}: Read-only file system"
+    assert shard.startswith(f"[Errno 30] Read-only file system: '{tmp_path}/.shard-000000.tar.")
 
 
 def test_a_file_that_cannot_grow_keeps_the_finished_shards(tmp_path: Path) -> None:

@@ -155,13 +155,20 @@ def test_an_upload_is_tried_again(url: str, proxy: Any, monkeypatch: pytest.Monk
     assert finished_shard(url, 0).count == 10
 
 
+def break_off(url: str, temporaries: Path) -> None:
+    with ShardWriter(url, 0) as writer:
+        writer.write(0, bytes(3_000_000), 0, {})
+        assert os.listdir(temporaries) == []  # so that a killed process leaves none either
+        writer.write(1, b"", 0, {"not JSON": object()})
+
+
 def test_the_temporary_file_of_an_upload_goes(
     url: str, proxy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "_WAITS", ())
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(TypeError), ShardWriter(url, 0) as writer:
-        writer.write(0, b"", 0, {"not JSON": object()})
+    with pytest.raises(TypeError):
+        break_off(url, tmp_path)
     proxy.limit = 200_000
     with pytest.raises(UserError):
         write_big(url)
