@@ -16,7 +16,7 @@ from ubgen.dataset.shards import (
     shard_name,
 )
 from ubgen.dataset.stats import dataset_stats
-from ubgen.dataset.store import Store, open_store
+from ubgen.storage import Store, open_store
 
 __all__ = [
     "CardFacts",
