@@ -90,6 +90,8 @@ def test_an_interrupted_conversion_continues(tmp_path: Path, make: Make, to: For
     assert not (out / "manifest.json").exists()
     kept = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".jpg", ".parquet", ".tar")}
     assert len(kept) == {"folder": 8, "parquet": 2, "webdataset": 2}[to]
+    if to == "folder":
+        (out / "n000" / "000000010.jpg").write_bytes(b"torn by a kill")
     assert convert(source, out, to, 4) == 12
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     convert(source, straight, to, 4)
