@@ -26,6 +26,7 @@ Format = Literal["folder", "parquet", "webdataset"]
 Progress = Callable[[int, int], None]
 PLAN = "convert.json"
 REJECTIONS = "rejections.jsonl"
+_MOST_NAMELESS = 100_000  # classes; a wrong label must not make millions of directories
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,12 @@ def open_source(store: Store) -> Source:
     largest = max((max(of_tar, default=-1) for of_tar in labels), default=-1)
     if largest < 0:
         raise UserError(f"{store}: its .tar files hold no sample")
-    classes = read_classes(store) if store.size(CLASSES) is not None else _nameless(largest + 1)
+    named = store.size(CLASSES) is not None
+    if not named and largest >= _MOST_NAMELESS:
+        raise UserError(
+            f"{store}: a sample has class {largest}; so many classes need a {CLASSES} beside the tars"
+        )
+    classes = read_classes(store) if named else _nameless(largest + 1)
     counted = zip(tars, map(len, labels), strict=True)
     return Source(store, tuple((name, count) for name, count in counted if count), tuple(classes))
 

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -109,6 +110,7 @@ for image, label in ImageFolder("."):
 
     def write(self, number: int, samples: Iterator[Sample]) -> Part:
         lines = [self._write_image(sample) for sample in samples]
+        os.sync()  # the images before the file that says they are there
         text = "".join(lines).encode()
         self.store.write(self._part(number), text)
         return Part(self._part(number), len(text))
@@ -130,7 +132,7 @@ for image, label in ImageFolder("."):
         name = f"{sample.position:09d}.{sample.tar.extension}"
         directory = self._directories[self.names[sample.tar.label]]
         if directory.local_path:
-            # flushing each of a million files to disk would take hours; the part is written again after a crash
+            # flushing each of a million files to disk by itself would take hours
             (directory.local_path / name).write_bytes(sample.tar.image)
         else:
             directory.write(name, sample.tar.image)

@@ -61,7 +61,7 @@ def read_sidecar(shard: ShardInfo) -> dict[str, Any]:
         sidecar = json.loads(shard.store.read(shard.sidecar))
         good = all(_is_sample(entry) for entry in sidecar["samples"])
         good = good and all(isinstance(entry, dict) for entry in sidecar["rejected"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         good = False
     if not good:
         raise UserError(

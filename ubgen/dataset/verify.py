@@ -251,7 +251,7 @@ def _wrong_content(
         agrees = (
             agrees and meta["class_index"] == sample["class_index"] and meta.get("flag") == sample.get("flag")
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         agrees = False
     if not agrees:
         problems.append(f"{key}.json does not say what the sidecar says")
