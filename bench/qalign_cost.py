@@ -33,31 +33,7 @@ from ubgen.export.spec import BatchRange, NetworkSpec
 from ubgen.manifest import device_name
 from ubgen.rewards import QAlign, qalign_preprocess
 
-SEVEN_B: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "rms_norm_eps": 1e-6,
-    "visual_config": {
-        "visual_model": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": 448,
-            "patch_size": 14,
-        },
-        "visual_abstractor": {
-            "num_learnable_queries": 64,
-            "hidden_size": 1024,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 16,
-            "intermediate_size": 2816,
-        },
-    },
-}
+SEVEN_B: dict[str, Any] = json.loads(Path(__file__).with_name("qalign-7b.json").read_text(encoding="utf-8"))
 PARTS = {  # part -> (path in FullForward, path in QAlignScorer)
     "vision tower": ("qalign.model.vision_model", "vision_model"),
     "abstractor": ("qalign.model.visual_abstractor", "visual_abstractor"),

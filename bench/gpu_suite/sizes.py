@@ -3,7 +3,9 @@
 Published configurations, written out so that nothing is downloaded; weights are random.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Config = dict[str, Any]
@@ -72,31 +74,7 @@ FULL = Sizes(
         "vision_cfg": {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 12},
     },
-    qalign={
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "rms_norm_eps": 1e-6,
-        "visual_config": {
-            "visual_model": {
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "image_size": 448,
-                "patch_size": 14,
-            },
-            "visual_abstractor": {
-                "num_learnable_queries": 64,
-                "hidden_size": 1024,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 16,
-                "intermediate_size": 2816,
-            },
-        },
-    },
+    qalign=json.loads((Path(__file__).parents[1] / "qalign-7b.json").read_text(encoding="utf-8")),
     tokens=77,
     batches=(32, 8, 1),
     scored=(32, 8),
@@ -139,6 +117,7 @@ TINY = Sizes(
         "intermediate_size": 48,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "num_key_value_heads": 4,
         "visual_config": {
             "visual_model": {
                 "hidden_size": 32,

@@ -1,7 +1,7 @@
 """Plans: right about sizes without reading a weight, and a refusal before any work where memory is short."""
 
 import dataclasses
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +18,7 @@ from ubgen.export.plan import NetworkPlan, check_memory
 from ubgen.export.spec import BatchRange
 
 GIB = 2**30
-SEVEN_BILLION = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "visual_config": {
-        "visual_model": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": 448,
-            "patch_size": 14,
-        },
-        "visual_abstractor": {
-            "num_learnable_queries": 64,
-            "hidden_size": 1024,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 16,
-            "intermediate_size": 2816,
-        },
-    },
-}
+SEVEN_BILLION = Path(__file__).parents[3] / "bench/qalign-7b.json"
 
 
 def with_network(spec: EngineSpec, name: str, **changes: Any) -> EngineSpec:
@@ -86,7 +63,7 @@ def test_low_precision_halves_weights_and_work() -> None:
 
 
 def test_seven_billion_weights_from_their_config_alone(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(SEVEN_BILLION), encoding="utf-8")
+    shutil.copyfile(SEVEN_BILLION, tmp_path / "config.json")
     spec = with_network(load_spec("miniature", qalign=tmp_path), "qalign", precision="float16")
     plans = plan_export(spec).networks
     plan = plans[-1]

@@ -11,33 +11,7 @@ from ubgen.errors import UserError
 from ubgen.rewards import QAlign, pad_to_square, qalign_preprocess
 
 GOLDEN = Path(__file__).parents[2] / "golden/qalign"
-SEVEN_B = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "rms_norm_eps": 1e-6,
-    "visual_config": {
-        "visual_model": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": 448,
-            "patch_size": 14,
-        },
-        "visual_abstractor": {
-            "num_learnable_queries": 64,
-            "hidden_size": 1024,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 16,
-            "intermediate_size": 2816,
-            "grid_size": None,
-        },
-    },
-}
+SEVEN_B = json.loads((Path(__file__).parents[3] / "bench/qalign-7b.json").read_text(encoding="utf-8"))
 
 
 def tiny_config(**scoring: object) -> dict:
