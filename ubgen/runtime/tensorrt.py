@@ -1,5 +1,6 @@
 """TensorRT 10.12 and later, and 11: plans run on torch's memory and streams."""
 
+from collections import deque
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ class Log(trt.ILogger):
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
-        self.errors: list[str] = []
+        self.errors: deque[str] = deque(maxlen=16)  # TensorRT also complains in calls that succeed
 
     def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
         """Called by TensorRT, from any of its threads."""
@@ -34,7 +35,8 @@ LOG = Log()
 
 def why() -> str:
     """What TensorRT said since the last call, as the end of a sentence: the first error is the cause."""
-    errors, LOG.errors = LOG.errors, []
+    errors = list(LOG.errors)
+    LOG.errors.clear()
     return f": {errors[0]}" if errors else ""
 
 
