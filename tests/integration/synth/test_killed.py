@@ -1,0 +1,32 @@
+"""Whatever moment a run is killed at, what it becomes in the end is the dataset of an undisturbed one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from ubgen.dataset import open_dataset
+
+SCRIPT = Path(__file__).with_name("killed_runs.py")
+
+
+def dataset_bytes(out: Path) -> dict[str, bytes]:
+    """All but the manifest and the picture of the speed, which tell of times."""
+    files = (p for p in out.rglob("*") if p.is_file())
+    names = {p.relative_to(out).as_posix(): p.read_bytes() for p in files}
+    return {n: data for n, data in names.items() if n not in ("manifest.json", "throughput.png", ".lock")}
+
+
+def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, tmp_path, "50", "20"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["killed"] == 50
+    assert len({round(moment, 2) for moment in told["moments"]}) > 10
+    whole = dataset_bytes(tmp_path / "undisturbed")
+    assert len([name for name in whole if name.endswith(".tar")]) >= 5
+    samples = open_dataset(tmp_path / "undisturbed")
+    assert any(s.meta["identity"]["attempt"] for s in samples)
+    for number in range(told["datasets"]):
+        assert dataset_bytes(tmp_path / f"killed-{number:03d}") == whole
