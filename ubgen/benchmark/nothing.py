@@ -12,6 +12,8 @@ from ubgen.synth.plan import Item
 class Nothing:
     """A fixed picture for every sample, so that it can be encoded and written but costs nothing to make."""
 
+    lanes = 1
+
     def __init__(self, batch: int = 64, side: int = 256) -> None:
         self.batch = batch
         self._picture = _picture(side)

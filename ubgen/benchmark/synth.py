@@ -5,6 +5,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from ubgen.config import require_directory
 from ubgen.diffusion import initial_noise
 from ubgen.errors import UserError
 from ubgen.manifest import atomic_write, read_manifest
-from ubgen.runtime import EngineSet, load
+from ubgen.runtime import Signature, load
 from ubgen.synth import SynthConfig, synthesise
+from ubgen.synth.executors.job import open_engine
 from ubgen.synth.generator import Generator
 from ubgen.synth.plan import Item, Plan
 
@@ -123,10 +125,11 @@ def bench_synth(
     """
     _check(images, batch, rounds, against, dataset, gpus)
     path = require_directory(engine, "--engine")
-    engines = load(path, device or read_manifest(path, "export")["config"]["spec"]["device"])
+    device = device or read_manifest(path, "export")["config"]["spec"]["device"]
     say("opening the engine")
     with tempfile.TemporaryDirectory(prefix="ubgen-bench-synth-") as scratch:
-        work = _Work(engines, Path(scratch), images, batch, steps, guidance)
+        work = _Work(path, device, Path(scratch), images, batch, steps, guidance)
+        engines = load(path, device)
         settings = {
             "key": engines.key,
             "images": work.images,
@@ -178,39 +181,37 @@ class _Work:
 
     def __init__(
         self,
-        engines: EngineSet,
+        path: Path,
+        device: str,
         scratch: Path,
         images: int | None,
         batch: int | None,
         steps: int,
         guidance: float,
     ) -> None:
-        names = load_classes("imagenet1k").names
-        unet = engines["unet"].signature.batch
-        count = images or 8 * (batch or unet.best)
-        classes = scratch / "classes.txt"
-        # ids of their own: names of ImageNet come twice
-        lines = [f"c{i}\t{name}" for i, name in enumerate(names[: min(count, len(names))])]
-        classes.write_text("\n".join(lines), encoding="utf-8")
-        per_class = -(-count // len(lines))
-        self.images = per_class * len(lines)
+        manifest = read_manifest(path, "export")
+        classes = manifest["config"]["spec"]["parity"]["classes"]
+        found = load_classes(classes)
+        best = Signature.from_dict(manifest["engine"]["networks"]["unet"]["signature"]).batch.best
+        per_class = -(-(images or 8 * (batch or best)) // len(found))
+        self.images = per_class * len(found)
+        self.threads = torch.get_num_threads()
         self._scratch = scratch
         self._runs = 0
         self._config = SynthConfig(
-            engines.path,
-            str(classes),
+            path,
+            classes,
             per_class,
             out="",
             batch=batch or "best",
             steps=steps,
             guidance=guidance,
             shard_size=self.images,
-            device=engines.device,
+            device=device,
         )
-        found = load_classes(str(classes))
         self._plan = Plan(found, found.names, per_class, self.images)
         with torch.inference_mode():
-            self.generator = Generator(engines, found, self._config)
+            self.generator: Generator = open_engine(self._config, self._plan, device, self.threads)
 
     def synthesise(self, result: SynthBench) -> float:
         """Images a second, from the first noise to the last byte on the disk."""
@@ -224,15 +225,27 @@ class _Work:
             result.bottleneck[name] = result.bottleneck.get(name, 0.0) + share
         return self.images / speed["worker_seconds"]
 
-    @torch.inference_mode()
     def bare(self) -> float:
+        """Like ubgen-synth, with as many batches at a time as the engine was opened for."""
         start = time.perf_counter()
-        for items in self._batches():
-            self.generator.decode(self.generator.denoise(items))
+        with ThreadPoolExecutor(self.generator.lanes) as lanes:
+            list(lanes.map(self._one, self._batches()))
         return self._rate(start)
 
     @torch.inference_mode()
+    def _one(self, items: list[Item]) -> None:
+        self.generator.decode(self.generator.denoise(items))
+
     def diffusers(self) -> float:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)  # all cores, which ubgen gives to batches of their own
+        try:
+            return self._diffusers()
+        finally:
+            torch.set_num_threads(before)
+
+    @torch.inference_mode()
+    def _diffusers(self) -> float:
         shape, names = self.generator.latent_shape, self._plan.classes.names
         start = time.perf_counter()
         for items in self._batches():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ubgen.diffusion import StableDiffusion
 from ubgen.export.qalign_graph import QAlignScorer
@@ -39,7 +40,7 @@ class UNet(nn.Module):
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet = with_plain_upsampling(unet)
 
     def forward(
         self, latents: Tensor, timestep: Tensor, cond: Tensor, uncond: Tensor, guidance: Tensor
@@ -51,6 +52,34 @@ class UNet(nn.Module):
         return e_uncond + guidance * (e_cond - e_uncond)
 
 
+class Upsample(nn.Module):
+    """Nearest-neighbour times 2, then `conv`: diffusers' Upsample2D without its branch on the number of rows.
+
+    That branch (a copy, from 64 rows on) would tie an exported graph to fewer rows.
+    """
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+        if output_size is None:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.interpolate(x, size=output_size, mode="nearest"))
+
+
+def with_plain_upsampling(network: nn.Module) -> nn.Module:
+    """A copy of `network` that shares its tensors, with `Upsample` in the place of diffusers' Upsample2D."""
+    shared = {id(t): t for t in [*network.parameters(), *network.buffers()]}
+    network = copy.deepcopy(network, shared)
+    for part in network.modules():
+        upsamplers = getattr(part, "upsamplers", None)
+        for i, old in enumerate(upsamplers if isinstance(upsamplers, nn.ModuleList) else ()):
+            if type(old).__name__ == "Upsample2D" and old.use_conv and old.norm is None:
+                upsamplers[i] = Upsample(old.conv)
+    return network
+
+
 class VaeDecoder(nn.Module):
     """latents (B,C,h,w) -> pixels (B,H,W,3) uint8: clamped, rounded half to even."""
 
@@ -58,7 +87,7 @@ class VaeDecoder(nn.Module):
         super().__init__()
         self.scaling_factor = vae.config.scaling_factor
         self.post_quant_conv = vae.post_quant_conv if vae.config.use_post_quant_conv else nn.Identity()
-        self.decoder = vae.decoder
+        self.decoder = with_plain_upsampling(vae.decoder)
 
     def forward(self, latents: Tensor) -> Tensor:
         decoded = self.decoder(self.post_quant_conv(latents / self.scaling_factor)).float()

@@ -1,5 +1,6 @@
 """Engine directories: every network that synthesis needs, each compiled, behind one mapping."""
 
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,19 @@ class EngineSet(Mapping[str, Network]):
         self.key: str = manifest["engine"]["key"]
         self._entries: Mapping[str, Any] = manifest["engine"]["networks"]
         self._threads = threads
+        self._opening = threading.Lock()
         self._open: dict[str, Network] = {}
 
     def __getitem__(self, name: str) -> Network:
-        if name not in self._open:
-            entry = self._entries[name]
-            load_network = backend(entry["compiler"]).load
-            signature = Signature.from_dict(entry["signature"])
-            file = self.path / entry["file"]
-            self._open[name] = load_network(
-                name, file, signature, self.device, self._threads, entry["options"]
-            )
-        return self._open[name]
+        with self._opening:
+            if name not in self._open:
+                entry = self._entries[name]
+                load_network = backend(entry["compiler"]).load
+                signature = Signature.from_dict(entry["signature"])
+                self._open[name] = load_network(
+                    name, self.path / entry["file"], signature, self.device, self._threads, entry["options"]
+                )
+            return self._open[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -46,8 +48,8 @@ class EngineSet(Mapping[str, Network]):
 def load(engine_dir: str | Path, device: str = "cpu", threads: int | None = None) -> EngineSet:
     """The finished engine directory `engine_dir`, after checking that it is whole and fits this machine.
 
-    `threads` is the number of compute threads for each network (default: torch's). UserError when the directory
-    is unfinished, a file is missing or changed, or the spec, compiler version or device architecture differ.
+    `threads` is the number of compute threads for each call of a network (default: torch's). UserError when the
+    directory is unfinished, a file is missing or changed, or the spec, compiler version or device architecture differ.
     """
     path = Path(engine_dir)
     manifest = read_manifest(path, "export")

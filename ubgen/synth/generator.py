@@ -55,10 +55,12 @@ class Generator:
         classes: ClassList,
         config: SynthConfig,
         prompts: Sequence[str] | None = None,
+        lanes: int = 1,
     ) -> None:
         for name in NETWORKS:
             if name not in engines:
                 raise UserError(f"{engines.path} has no network {name!r}; export it again")
+        self.lanes = lanes
         self._engines = engines
         self._config = config
         self._scheduler = _scheduler(engines.path)

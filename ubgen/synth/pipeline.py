@@ -21,14 +21,14 @@ class Stopped(Exception):
 class Stage:
     """`work` turns what the stage before it gave into what the next one takes; None goes no further.
 
-    It may call `charge(name, seconds)` for parts of its time that belong to another name. `scope` is entered by the
-    stage's thread around everything.
+    `lanes` threads do so at the same time, each on another item: what leaves the stage is then in any order. `scope` is
+    entered by each of them around everything.
     """
 
     name: str
     work: Callable[[Any], Any]
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
-    finish: Callable[[], None] | None = None
+    lanes: int = 1
 
 
 class Pipeline:
@@ -43,12 +43,14 @@ class Pipeline:
         self._ticks = {stage.name: 0 for stage in stages}
         self._stages = list(stages)
         self._queues: list[queue.Queue[Any]] = [queue.Queue(_DEPTH) for _ in stages]
+        self._running = [stage.lanes for stage in stages]
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._threads = [
             threading.Thread(target=self._run, args=(i,), name=f"ubgen-{stage.name}", daemon=True)
             for i, stage in enumerate(stages)
+            for _ in range(stage.lanes)
         ]
 
     def __enter__(self) -> "Pipeline":
@@ -104,16 +106,23 @@ class Pipeline:
                     if target is not None and result is not None:
                         self._give(target, result)
                     del result
-                if stage.finish is not None:
-                    stage.finish()
-            if target is not None:
-                self._give(target, _END)
+            self._end(index, target)
         except Stopped:
             pass
         except BaseException as error:
             with self._lock:
                 self._error = self._error or error
             self._stop.set()
+
+    def _end(self, index: int, target: "queue.Queue[Any] | None") -> None:
+        """A lane found no more to do: so will the others of its stage, and the last of them tells the next stage."""
+        with self._lock:
+            self._running[index] -= 1
+            last = not self._running[index]
+        if not last:
+            self._give(self._queues[index], _END)
+        elif target is not None:
+            self._give(target, _END)
 
     def _take(self, source: "queue.Queue[Any]") -> Any:
         while True:

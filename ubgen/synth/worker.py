@@ -25,9 +25,10 @@ TICK = 0.1
 
 
 class Chain(Protocol):
-    """What a worker needs of `Generator`."""
+    """What a worker needs of `Generator`. It is called by `lanes` threads at a time."""
 
     batch: int
+    lanes: int
 
     @property
     def device(self) -> torch.device: ...
@@ -109,8 +110,9 @@ def work(chain: Chain, plan: Plan, config: SynthConfig, store: Store, links: Lin
 
 
 class _Stages:
-    """On a GPU each network has a stage and a CUDA stream of its own. On a CPU the networks share one thread, as they
-    would only take the cores from each other; encoding and writing have theirs."""
+    """On a GPU each network has a stage and a CUDA stream of its own. On a CPU a batch passes all networks in one
+    thread, as they would only take the cores from each other, and `Chain.lanes` batches do so at the same time;
+    encoding and writing have threads of their own."""
 
     pipeline: Pipeline
 
@@ -134,7 +136,8 @@ class _Stages:
         ]
         if self._chain.device.type == "cuda":
             return [Stage(name, self._on_stream(run), self._scope) for name, run in networks] + rest
-        return [Stage("networks", self._one_after_the_other(networks), torch.inference_mode), *rest]
+        together = self._one_after_the_other(networks)
+        return [Stage("networks", together, torch.inference_mode, self._chain.lanes), *rest]
 
     def _one_after_the_other(
         self, networks: Sequence[tuple[str, Callable[[_Batch], None]]]

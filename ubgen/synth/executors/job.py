@@ -7,6 +7,7 @@ import torch
 
 from ubgen import runtime
 from ubgen.errors import UserError
+from ubgen.manifest import read_manifest
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.generator import Generator
 from ubgen.synth.plan import Plan
@@ -15,11 +16,22 @@ from ubgen.synth.worker import Chain
 MakeChain = Callable[[SynthConfig, Plan, str, int], Chain]
 """(settings, plan, device, compute threads) -> the networks, opened in the process that is to run them."""
 
+MOST_LANES = 4
+"""Batches at a time on a CPU. Each needs the memory of its own activations."""
 
-def open_engine(config: SynthConfig, plan: Plan, device: str, threads: int) -> Chain:
-    """The networks of `config.engine`."""
-    engines = runtime.load(config.engine, device=device, threads=threads)
-    return Generator(engines, plan.classes, config, plan.prompts)
+
+def open_engine(config: SynthConfig, plan: Plan, device: str, threads: int) -> Generator:
+    """The networks of `config.engine`.
+
+    With ONNX Runtime on the CPU several batches are made at the same time, each by few threads: cores that work on
+    batches of their own do not wait for each other after every operator (bench/results/synth.md). AOTInductor's
+    packages keep Python's lock while they run.
+    """
+    unet = read_manifest(config.engine, "export")["engine"]["networks"]["unet"]
+    lanes = min(threads, MOST_LANES) if device == "cpu" and unet["compiler"] == "onnxruntime" else 1
+    torch.set_num_threads(max(1, threads // lanes))  # for what torch does between the networks
+    engines = runtime.load(config.engine, device=device, threads=threads // lanes)
+    return Generator(engines, plan.classes, config, plan.prompts, lanes)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
+
 from ubgen.dataset import open_store
 from ubgen.errors import UserError
 from ubgen.synth.executors.job import Events, Job, devices
@@ -32,9 +34,13 @@ def _here(job: Job, device: str, leases: Leases, events: Events) -> Account:
         leases.finish("", shard)
         events.finished(shard)
 
-    chain = job.chain(job.config, job.plan, device, job.config.worker_threads(1))
     links = Links(lambda: leases.take(""), finished, events.progress)
-    return work(chain, job.plan, job.config, open_store(job.config.out), links)
+    threads = torch.get_num_threads()
+    try:
+        chain = job.chain(job.config, job.plan, device, job.config.worker_threads(1))
+        return work(chain, job.plan, job.config, open_store(job.config.out), links)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass
@@ -119,9 +125,6 @@ class _Workers:
 
 def _worker(job: Job, device: str, threads: int, pipe: Connection) -> None:
     """In the new process."""
-    import torch
-
-    torch.set_num_threads(threads)
     one_at_a_time = threading.Lock()  # several stages tell, each in its thread
 
     def tell(kind: str, value: Any) -> None:

@@ -53,9 +53,6 @@ class Worker:
     """An actor: an engine on one device."""
 
     def __init__(self, job: Job, name: str, desk: Any, device: str, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
         self._job, self._name, self._desk = job, name, desk
         self._device, self._threads = device, threads
 
