@@ -126,6 +126,7 @@ def bench_synth(
     _check(images, batch, rounds, against, dataset, gpus)
     path = require_directory(engine, "--engine")
     device = device or read_manifest(path, "export")["config"]["spec"]["device"]
+    machine = machine_record(device)
     say("opening the engine")
     with tempfile.TemporaryDirectory(prefix="ubgen-bench-synth-") as scratch:
         work = _Work(path, device, Path(scratch), images, batch, steps, guidance)
@@ -140,7 +141,7 @@ def bench_synth(
             "dataset": dataset,
             "gpus": gpus,
         }
-        result = SynthBench(path, settings, machine_record(engines.device))
+        result = SynthBench(path, settings, machine)
         sides: dict[str, Callable[[], float]] = {"ubgen-synth": lambda: work.synthesise(result)}
         if "bare" in against:
             sides["bare loop"] = work.bare

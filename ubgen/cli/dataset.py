@@ -26,6 +26,7 @@ from ubgen.dataset.text import plain, score_titles
 from ubgen.dataset.verify import Verified
 from ubgen.dataset.verify import repair as take_damaged_away
 from ubgen.dataset.verify import verify as check
+from ubgen.synth import audit as render_again
 
 _DIFFERENT = 1  # exit status of `verify` for a damaged dataset, and of `diff` for different ones
 
@@ -125,11 +126,45 @@ def diff(
     print("the same bytes" if result.same_bytes else "the same within the tolerance")
 
 
+def audit(
+    dataset: tyro.conf.Positional[str],
+    engine: Path | None = None,
+    sample: int = 64,
+    seed: int = 0,
+    device: str | None = None,
+) -> None:
+    """Render random samples again from their identities, and compare them with what is stored.
+
+    Exit status 1 when an image has less than 99.9 % of its values within one grey level of what it should be.
+
+    Args:
+        dataset: Directory or URL of a finished ubgen dataset.
+        engine: Directory made by ubgen-export; the one that made the dataset if not given.
+        sample: How many images.
+        seed: Which ones.
+        device: Where to run the engine; where it ran before if not given.
+    """
+    with _bar("rendering again") as progress:
+        result = render_again(dataset, engine, sample, seed, device, progress)
+    rows = {
+        "samples": f"{result.samples:,}",
+        "of the same bytes": f"{result.same_bytes:,}",
+        "values within one grey level": f"{result.within:.4%}",
+        "largest difference": f"{result.largest} grey levels",
+        "engine": "the one that made it" if result.same_engine else "another one",
+    }
+    Console().print(_table(plain(dataset), rows))
+    if not result.passed:
+        others = f" and {len(result.differing) - 1} more" if result.differing[1:] else ""
+        _fail(f"{dataset}: sample {result.differing[0]}{others} cannot be rendered again")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "verify": verify,
     "stats": stats,
     "diff": diff,
+    "audit": audit,
 }
 
 

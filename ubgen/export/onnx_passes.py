@@ -15,10 +15,16 @@ from onnxscript.rewriter import pattern, rewrite
 
 
 def fit_cpu(model: ir.Model) -> None:
-    """Rewrite `model` in place: same inputs, outputs and weights, same values up to rounding."""
+    """Rewrite `model` in place: same inputs and outputs, same values up to rounding.
+
+    The weights stay as they are, but that those of a linear layer whose result is split are cut in two.
+    """
     rewrite(model, pattern_rewrite_rules=[FuseAttention.rule()])
     compute_equal_rows_once(model.graph)
-    rewrite(model, pattern_rewrite_rules=[LowerGroupNorm.rule()])
+    rewrite(model, pattern_rewrite_rules=[LowerGroupNorm.rule(), CutLinear.rule()])
+    rewrite(
+        model, pattern_rewrite_rules=[FuseBias.rule()]
+    )  # of both parts of a linear layer that was cut, too
     RemoveUnusedNodesPass()(model)
     ClearMetadataAndDocStringPass()(model)  # traces of this machine's source files, most of the graph's bytes
 
@@ -62,6 +68,7 @@ class LowerGroupNorm(pattern.RewriteRuleClassBase):
     """GroupNormalization -> InstanceNormalization of the groups, then each channel's scale and bias.
 
     ONNX Runtime has no CPU kernel for it and expands it to a dozen operators, most over the whole tensor.
+    BatchNormalization of mean 0 and variance 1 is scale and bias in one pass, with the bits of Mul and Add.
     """
 
     def pattern(self, op: Any, x: Any, weight: Any, bias: Any) -> Any:
@@ -86,8 +93,56 @@ class LowerGroupNorm(pattern.RewriteRuleClassBase):
             epsilon=node.attributes["epsilon"].as_float(),
         )
         normal = op.Reshape(normal, constant("shape", [0, *sizes]))
-        scale, shift = (v.const_value.numpy().reshape(-1, *[1] * (len(sizes) - 1)) for v in (weight, bias))
-        return op.Add(op.Mul(normal, constant("scale", scale)), constant("shift", shift))
+        mean, variance = np.zeros(sizes[0], dtype), np.ones(sizes[0], dtype)
+        return op.BatchNormalization(
+            normal, weight, bias, constant("mean", mean), constant("variance", variance), epsilon=0.0
+        )
+
+
+class CutLinear(pattern.RewriteRuleClassBase):
+    """Linear layer, its result split in two -> two linear layers; in GEGLU, that spares a copy of the result."""
+
+    def pattern(self, op: Any, x: Any, weight: Any, bias: Any) -> Any:
+        linear = op.Add(op.MatMul(x, weight), bias, _outputs=["linear"])
+        return op.Split(linear, num_outputs=2, _allow_other_attributes=True, _outputs=["first", "second"])
+
+    def check(self, context: Any, weight: Any, bias: Any, linear: Any, first: Any, **_: Any) -> bool:
+        if linear.shape is None or _axis(first.producer(), linear) != linear.shape.rank() - 1:
+            return False
+        return _is_linear(weight, bias) and weight.shape[1] % 2 == 0
+
+    def rewrite(self, op: Any, x: Any, weight: Any, bias: Any, first: Any, second: Any, **_: Any) -> Any:
+        halves = zip(*(np.split(v.const_value.numpy(), 2, axis=-1) for v in (weight, bias)), strict=True)
+
+        def constant(name: str, values: Any) -> Any:
+            return op.initializer(ir.tensor(np.ascontiguousarray(values)), name)
+
+        return tuple(
+            op.Add(op.MatMul(x, constant(f"{out.name}_weight", w)), constant(f"{out.name}_bias", b))
+            for out, (w, b) in zip((first, second), halves, strict=True)
+        )
+
+
+class FuseBias(pattern.RewriteRuleClassBase):
+    """Linear layer of (B,S,K) -> Gemm of (B * S,K), which adds the bias itself; S is a number.
+
+    ONNX Runtime does this by itself only where B is a number too.
+    """
+
+    def pattern(self, op: Any, x: Any, weight: Any, bias: Any) -> Any:
+        return op.Add(op.MatMul(x, weight), bias, _outputs=["out"])
+
+    def check(self, context: Any, x: Any, weight: Any, bias: Any, **_: Any) -> bool:
+        known = x.shape is not None and x.shape.rank() == 3 and isinstance(x.shape[1], int)
+        return known and x.dtype == ir.DataType.FLOAT and _is_linear(weight, bias)
+
+    def rewrite(self, op: Any, x: Any, weight: Any, bias: Any, out: Any) -> Any:
+        def shape(name: str, *sizes: int) -> Any:
+            return op.initializer(ir.tensor(np.array([-1, *sizes])), f"{out.name}_{name}")
+
+        width, wide = weight.shape
+        rows = op.Reshape(x, shape("rows", width))
+        return op.Reshape(op.Gemm(rows, weight, bias), shape("shape", x.shape[1], wide))
 
 
 def compute_equal_rows_once(graph: ir.Graph) -> None:
@@ -168,6 +223,12 @@ def _keeps_rows_apart(node: Any, half: dict[Any, Any]) -> bool:
 
 def _is_constant(value: Any) -> bool:
     return value.const_value is not None
+
+
+def _is_linear(weight: Any, bias: Any) -> bool:
+    """Whether they are the matrix (in,out) and the bias (out,) of a linear layer."""
+    known = _is_constant(weight) and _is_constant(bias) and weight.shape.rank() == 2
+    return known and list(bias.shape) == [weight.shape[1]]
 
 
 def _without_rows(value: Any, rank: int) -> bool:

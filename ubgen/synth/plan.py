@@ -14,7 +14,10 @@ from ubgen.synth.config import SynthConfig
 
 PLAN = "run.json"
 LEDGER = "rejections.jsonl"
-_OWN_FILES = (PLAN, MANIFEST, "classes.json", "README.md", "croissant.json", LEDGER)
+_OWN_FILES = (
+    *(PLAN, LEDGER, "classes.json", "README.md", "croissant.json", "samples.csv"),
+    *("contact-sheet.png", "scores.png", "throughput.png"),
+)
 
 
 @dataclass(frozen=True)

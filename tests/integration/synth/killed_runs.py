@@ -27,6 +27,7 @@ class FromIdentities:
     """Pictures of noise, and scores made from it."""
 
     batch = 7
+    lanes = 2
     device = torch.device("cpu")
 
     def denoise(self, items: Sequence[Item]) -> torch.Tensor:

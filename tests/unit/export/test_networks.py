@@ -1,4 +1,4 @@
-"""The networks that are compiled: the same values as diffusers' own modules, and a batch that is free in its whole range."""
+"""The networks that are compiled: the values of diffusers' own modules, and a batch that is free in its range."""
 
 import pytest
 import torch

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from diffusers import Transformer2DModel, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from onnx import parser
 from torch import Tensor
 
@@ -80,6 +81,15 @@ def operators(model: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in model.graph)
 
 
+def gated(graph: ir.Graph) -> list[ir.Node]:
+    """The operators that split the result of a GEGLU's linear layer."""
+    return [
+        node
+        for node in graph
+        if node.op_type == "Split" and {use.op_type for use, _ in node.outputs[1].uses()} == {"Gelu"}
+    ]
+
+
 @pytest.fixture(scope="module")
 def unet() -> UNet2DConditionModel:
     return random_unet()
@@ -115,6 +125,7 @@ def test_attention_and_group_norm_become_operators_with_kernels(fitted, standard
     norms = sum(isinstance(module, torch.nn.GroupNorm) for module in unet.modules())
     assert (before["Attention"], before["GroupNormalization"]) == (attentions, norms)
     assert (after["MultiHeadAttention"], after["InstanceNormalization"]) == (attentions, norms)
+    assert after["BatchNormalization"] == norms
     assert not after.keys() & {"Attention", "GroupNormalization", "Softmax"}
     transformers = sum(isinstance(module, Transformer2DModel) for module in unet.modules())
     assert after["Transpose"] == 2 * transformers  # into and out of each
@@ -131,12 +142,34 @@ def test_what_guidance_shares_is_computed_once_for_each_image(fitted, unet):
     assert set(convolutions[4:]) == {"2*batch"}
 
 
+def test_linear_layers_with_a_bias_add_it_themselves_and_nothing_splits_their_result(fitted, standard, unet):
+    blocks = [part for part in unet.modules() if isinstance(part, BasicTransformerBlock)]
+    assert len(gated(ir.load(standard).graph)) == len(blocks) > 0
+    assert not gated(fitted.graph)
+    # out of both attentions, both halves of the GEGLU, and out of the feed-forward part
+    before, after = operators(ir.load(standard)), operators(fitted)
+    assert after["Gemm"] - before["Gemm"] == 5 * len(blocks)
+    inputs = {node.inputs[0].producer().op_type for node in fitted.graph if node.op_type == "Add"}
+    assert "MatMul" not in inputs
+
+
+def test_a_row_is_the_same_bits_wherever_it_is_in_a_batch(fitted, unet, tmp_path):
+    ir.save(fitted, tmp_path / "fitted.onnx")
+    given = draw(unet, 8)
+    whole = run(tmp_path / "fitted.onnx", given)
+    for rows in ([0, 1, 2], [5, 6, 7], [7, 0, 4, 2], [3]):
+        some = {name: value[rows] if len(value) == 8 else value for name, value in given.items()}
+        assert torch.equal(run(tmp_path / "fitted.onnx", some), whole[rows])
+
+
 def test_inputs_outputs_and_weights_keep_their_names(fitted, standard):
     before = ir.load(standard).graph
     assert [v.name for v in fitted.graph.inputs] == [v.name for v in before.inputs]
     assert [v.name for v in fitted.graph.outputs] == [v.name for v in before.outputs]
     matrices = {name for name, value in before.initializers.items() if value.shape.rank() > 1}
-    assert matrices <= fitted.graph.initializers.keys()
+    cut = {node.inputs[0].producer().inputs[0].producer().inputs[1].name for node in gated(before)}
+    assert cut <= matrices
+    assert matrices - fitted.graph.initializers.keys() == cut
 
 
 def test_the_miniature_exports_for_the_cpu_and_equals_pytorch(tmp_path):
@@ -190,6 +223,52 @@ def test_only_plain_attention_is_fused(attributes, mask, fused):
     torch.testing.assert_close(
         run(ir.to_proto(model).SerializeToString(), given), run(proto.SerializeToString(), given)
     )
+
+
+def linear_model(body: str, constants: str = "") -> onnx.ModelProto:
+    """A linear layer of 3 to 4 channels, from `x` to `y`, then `body`, from there to `out`."""
+    return parser.parse_model(f"""
+    <ir_version: 10, opset_import: ["": 23]>
+    main (float[b,5,3] x, float[b,s,3] free) => (float[b,n,m] out)
+    <float[3,4] w = {{1.0,-2.0,3.0,4.0,-5.0,6.0,7.0,8.0,-9.0,1.0,2.0,-3.0}}, float[4] bias = {{0.5,-0.25,2.0,3.0}},
+     float[5,4] table = {{{",".join(f"{i}.5" for i in range(20))}}}, float[b,5,4] xw, float[b,5,4] y {constants}>
+    {{
+        {body}
+    }}""")
+
+
+LINEAR = "xw = MatMul(x, w)\n y = Add(xw, bias)\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "constants", "gemms", "splits"),
+    [
+        pytest.param(LINEAR + "out = Identity(y)", "", 1, 0, id="linear"),
+        pytest.param(LINEAR + "p, q = Split<axis=2, num_outputs=2>(y)\n out = Mul(p, q)", "", 2, 0, id="gated"),
+        pytest.param(LINEAR + "p, q = Split<axis=-1, num_outputs=2>(y)\n out = Sub(q, p)", "", 2, 0, id="from the end"),
+        pytest.param(LINEAR + "p, q = Split<axis=1, num_outputs=2>(y)\n out = Concat<axis=1>(q, p)", "", 1, 1,
+                     id="split by position"),
+        pytest.param(LINEAR + "p, q, r = Split<axis=2, num_outputs=3>(y)\n out = Concat<axis=2>(r, p, q)", "", 1, 1,
+                     id="split in three"),
+        pytest.param(LINEAR + "p, q = Split<axis=2>(y, sizes)\n out = Concat<axis=2>(q, p)",
+                     ", int64[2] sizes = {1,3}", 1, 1, id="unequal parts"),
+        pytest.param(LINEAR + "p, q = Split<axis=2, num_outputs=2>(y)\n o = Mul(p, q)\n out = Concat<axis=2>(o, y)", "",
+                     1, 1, id="the whole is read too"),
+        pytest.param("y = Add(x, x)\n xw = MatMul(y, w)\n out = Add(xw, table)", "", 0, 0, id="one bias per position"),
+        pytest.param("xw = MatMul(free, w)\n out = Add(xw, bias)", "", 0, 0, id="free length"),
+        pytest.param("xw = MatMul(x, w)\n y = Add(xw, bias)\n out = Mul(xw, y)", "", 0, 0, id="read before the bias"),
+    ],
+)  # fmt: skip
+def test_linear_layers_are_rewritten_where_they_fit(body, constants, gemms, splits):
+    proto = linear_model(body, constants)
+    model = ir.from_proto(proto)
+    fit_cpu(model)
+    assert (operators(model)["Gemm"], operators(model)["Split"]) == (gemms, splits)
+    for batch in (1, 3):
+        given = {"x": torch.randn(batch, 5, 3), "free": torch.randn(batch, 4, 3)}
+        torch.testing.assert_close(
+            run(ir.to_proto(model).SerializeToString(), given), run(proto.SerializeToString(), given)
+        )
 
 
 def doubled(body: str, constants: str = "") -> onnx.ModelProto:
