@@ -1,0 +1,163 @@
+"""The stage around the networks: where it writes, who may write there, and names that mean harm."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from ubgen.dataset import is_marked_synthetic, open_dataset, open_store
+from ubgen.dataset.verify import verify
+from ubgen.errors import UserError
+from ubgen.manifest import read_manifest
+from ubgen.synth import SynthConfig, synthesise
+from ubgen.synth.plan import Item
+
+Settings = Callable[..., SynthConfig]
+
+
+def make(config: SynthConfig, stand_ins: ModuleType) -> Any:
+    return synthesise(config, chain=lambda *_: stand_ins.FromIdentities())
+
+
+def shards(out: object) -> dict[str, bytes]:
+    store = open_store(str(out))
+    return {name: store.read(name) for name in store.names() if name.startswith("shard-")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings: Settings, stand_ins: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    make(settings(out), stand_ins)
+    return out
+
+
+def test_what_it_writes_is_whole(undisturbed: Path) -> None:
+    assert verify(undisturbed).problems == []
+    samples = open_dataset(undisturbed)
+    assert all(is_marked_synthetic(samples.encoded(i)[0]) for i in range(len(samples)))
+    assert sum(1 for _ in (undisturbed / "rejections.jsonl").open()) > 5
+
+
+def test_object_storage_gets_the_same_bytes(
+    settings: Settings, stand_ins: ModuleType, undisturbed: Path, url: str
+) -> None:
+    """Interrupted once; the second run makes only what is missing."""
+
+    class Dies(stand_ins.FromIdentities):  # type: ignore[name-defined, misc]
+        def denoise(self, items: Sequence[Item]) -> torch.Tensor:
+            time.sleep(0.3)
+            if open_store(url).size("shard-000000.json") is not None:
+                raise RuntimeError("the device fell off the bus")
+            return super().denoise(items)
+
+    with pytest.raises(RuntimeError, match="fell off"):
+        synthesise(settings(url), chain=lambda *_: Dies())
+    before = {name for name in open_store(url).names() if name.endswith(".json")}
+    assert "manifest.json" not in before
+    result = make(settings(url), stand_ins)
+    assert result.made < 60
+    assert shards(url) == shards(undisturbed)
+    assert verify(url).problems == []
+    with pytest.raises(UserError, match="already finished"):
+        make(settings(url), stand_ins)
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_of_two_runs_on_one_directory_the_second_refuses(
+    settings: Settings, stand_ins: ModuleType, undisturbed: Path, tmp_path: Path, where: str, url: str
+) -> None:
+    out = url if where == "s3" else tmp_path / "out"
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Waits(stand_ins.FromIdentities):  # type: ignore[name-defined, misc]
+        def denoise(self, items: Sequence[Item]) -> torch.Tensor:
+            begun.set()
+            assert go_on.wait(60)
+            return super().denoise(items)
+
+    first = threading.Thread(target=lambda: synthesise(settings(out), chain=lambda *_: Waits()))
+    first.start()
+    try:
+        assert begun.wait(60)
+        for second in (settings(out), settings(out, executor="static", part="1/2")):
+            with pytest.raises(UserError, match="in use"):
+                make(second, stand_ins)
+    finally:
+        go_on.set()
+        first.join()
+    assert shards(out) == shards(undisturbed)
+
+
+def test_a_damaged_shard_is_found_and_made_again(
+    settings: Settings, stand_ins: ModuleType, undisturbed: Path, tmp_path: Path
+) -> None:
+    from ubgen.dataset.verify import repair
+
+    out = tmp_path / "out"
+    make(settings(out), stand_ins)
+    tar = out / "shard-000002.tar"
+    data = bytearray(tar.read_bytes())
+    data[1500] ^= 1
+    tar.write_bytes(data)
+    found = verify(out)
+    assert found.problems
+    repair(out, found)
+    assert make(settings(out), stand_ins).made == 16
+    assert shards(out) == shards(undisturbed)
+    assert verify(out).problems == []
+
+
+def test_names_that_mean_harm_reach_no_path(
+    settings: Settings, stand_ins: ModuleType, tmp_path: Path
+) -> None:
+    names = [
+        "../../escape",
+        "a/b\\c",
+        "<script>alert(1)</script>|`x`",
+        "crane\u202egnp.exe",
+        "n" * 300,
+        "...",
+    ]
+    classes = tmp_path / "classes.txt"
+    classes.write_text("".join(f"id{i}\t{name}\n" for i, name in enumerate(names)), encoding="utf-8")
+    out = tmp_path / "deep" / "out"
+    make(settings(out, classes=str(classes), per_class=3), stand_ins)
+    assert {p.name for p in tmp_path.iterdir()} == {"classes.txt", "deep"}
+    assert {p.name for p in (tmp_path / "deep").iterdir()} == {"out"}
+    assert [sample.class_name for sample in open_dataset(out)][:6] == names
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "<script>" not in card
+    assert "\u202e" not in card
+    assert verify(out).problems == []
+
+
+def test_broken_networks_end_the_run_with_one_line(
+    settings: Settings, stand_ins: ModuleType, tmp_path: Path
+) -> None:
+    class Nan(stand_ins.FromIdentities):  # type: ignore[name-defined, misc]
+        def score(self, items: Sequence[Item], latents: torch.Tensor, pixels: torch.Tensor) -> Any:
+            scored = super().score(items, latents, pixels)
+            return type(scored)(pixels, scored.similarity * torch.nan, *list(vars(scored).values())[2:])
+
+    out = tmp_path / "out"
+    with pytest.raises(
+        UserError, match=r"class \d, image \d+: none of 10 attempts is good enough .* not finite"
+    ):
+        synthesise(settings(out), chain=lambda *_: Nan())
+    assert not [p for p in out.iterdir() if "shard" in p.name]
+
+
+def test_the_manifest_says_what_made_it(settings: Settings, undisturbed: Path) -> None:
+    manifest = read_manifest(undisturbed, "synth")
+    assert manifest["engine_key"] == "sha256:none"
+    assert manifest["same_bits"] == {"position": True, "size": True}
+    assert manifest["dataset"] == {"images": 60, "shards": 4, "classes": 5}
+    assert manifest["stats"]["class_counts"] == [12] * 5
+    run = json.loads((undisturbed / "run.json").read_text(encoding="utf-8"))
+    assert run["--min-similarity"] == -0.5
