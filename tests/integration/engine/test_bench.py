@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ubgen.benchmark import bench_engine
+from ubgen.benchmark import bench_engine, bench_synth
 from ubgen.cli import bench
 from ubgen.errors import UserError
 from ubgen.export import Exported
@@ -102,3 +102,26 @@ def test_an_impossible_option_is_named(exported: Exported, options: dict, messag
 def test_a_directory_without_an_engine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unfinished or not a ubgen export directory"):
         bench_engine(tmp_path)
+
+
+def test_synthesis_is_timed_beside_its_peers(exported: Exported, tmp_path: Path) -> None:
+    result = bench_synth(
+        exported.path, images=5, batch=2, steps=2, rounds=2, dataset=3_600_000, gpus=4, device="cpu"
+    )
+    assert {name: len(rates) for name, rates in result.rates.items()} == {
+        "ubgen-synth": 2,
+        "bare loop": 2,
+        "diffusers": 2,
+    }
+    assert set(result.busy) == {"denoise", "decode", "score", "select", "encode", "write"}
+    assert sum(result.bottleneck.values()) == pytest.approx(1) or result.bottleneck == {}
+    hours = 1000 / result.rate()
+    assert result.projection() == pytest.approx({"hours": hours / 4, "gpu_hours": hours})
+    result.write(tmp_path)
+    written = json.loads((tmp_path / "synth.json").read_text(encoding="utf-8"))
+    assert written["images_per_second"] == result.rates
+    assert "3,600,000" in (tmp_path / "synth.md").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="--rounds must be at least 1"):
+        bench_synth(exported.path, rounds=0)
+    with pytest.raises(UserError, match="--against fast: there is bare, diffusers"):
+        bench_synth(exported.path, against=("fast",))

@@ -121,6 +121,37 @@ def test_batch_and_shards_do_not_change_the_images(
         assert (difference <= 1).mean() >= 0.999
 
 
+def test_images_are_those_of_diffusers_pipeline(dataset: Path, family: dict[str, str], lora: Path) -> None:
+    """From the same initial latents, with diffusers' own PNDM, guidance, text encoding and decoding."""
+    from diffusers import StableDiffusionPipeline
+
+    sd = load_stable_diffusion(family["stable_diffusion"])
+    pipeline = StableDiffusionPipeline(
+        sd.vae,
+        sd.text_encoder,
+        sd.tokenizer,
+        sd.unet,
+        sd.scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
+    )
+    pipeline.load_lora_weights(lora)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.stack([initial_noise(0, label, 0, (4, 8, 8)) for label in range(5)])
+    images = pipeline(
+        prompt=list(NAMES),
+        negative_prompt=[""] * 5,
+        latents=noise,
+        num_inference_steps=STEPS,
+        guidance_scale=2.0,
+        output_type="np",
+    ).images
+    wanted = (255 * images).round()
+    pixels = np.stack([np.asarray(s.image) for s in open_dataset(dataset)[:5]])
+    assert (np.abs(pixels - wanted) <= 1).mean() >= 0.999
+
+
 @pytest.mark.parametrize(
     "change",
     [{"workers": 2}, {"workers": 1, "batch": 3}],

@@ -271,6 +271,24 @@ def test_linear_layers_are_rewritten_where_they_fit(body, constants, gemms, spli
         )
 
 
+def test_a_large_result_gets_its_bias_from_a_pass_of_its_own():
+    rows = 2**16
+    proto = parser.parse_model(f"""
+    <ir_version: 10, opset_import: ["": 23]>
+    main (float[b,{rows},2] x, float[b,{rows + 1},2] larger) => (float[b,{rows},4] out, float[b,{rows + 1},4] other)
+    <float[2,4] w = {{1.0,-2.0,3.0,4.0,-5.0,6.0,7.0,8.0}}, float[4] bias = {{0.5,-0.25,2.0,3.0}}>
+    {{
+        a = MatMul(x, w)
+        out = Add(a, bias)
+        c = MatMul(larger, w)
+        other = Add(c, bias)
+    }}""")
+    model = ir.from_proto(proto)
+    fit_cpu(model)
+    count = operators(model)
+    assert (count["Gemm"], count["MatMul"], count["Add"]) == (1, 1, 1)
+
+
 def doubled(body: str, constants: str = "") -> onnx.ModelProto:
     """A graph from `x` to `out`, in which the rows of `xx` are those of `x` twice over."""
     return parser.parse_model(f"""
