@@ -13,6 +13,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnxscript.rewriter import pattern, rewrite
 
+GEMM_LIMIT = (
+    2**18
+)  # values of a result for one image; for what no cache holds, Gemm's bias costs more than an Add
+
 
 def fit_cpu(model: ir.Model) -> None:
     """Rewrite `model` in place: same inputs and outputs, same values up to rounding.
@@ -124,7 +128,7 @@ class CutLinear(pattern.RewriteRuleClassBase):
 
 
 class FuseBias(pattern.RewriteRuleClassBase):
-    """Linear layer of (B,S,K) -> Gemm of (B * S,K), which adds the bias itself; S is a number.
+    """Linear layer of (B,S,K) -> Gemm of (B * S,K), which adds the bias itself; S is a known, small number.
 
     ONNX Runtime does this by itself only where B is a number too.
     """
@@ -134,7 +138,8 @@ class FuseBias(pattern.RewriteRuleClassBase):
 
     def check(self, context: Any, x: Any, weight: Any, bias: Any, **_: Any) -> bool:
         known = x.shape is not None and x.shape.rank() == 3 and isinstance(x.shape[1], int)
-        return known and x.dtype == ir.DataType.FLOAT and _is_linear(weight, bias)
+        known = known and x.dtype == ir.DataType.FLOAT and _is_linear(weight, bias)
+        return known and x.shape[1] * weight.shape[1] <= GEMM_LIMIT
 
     def rewrite(self, op: Any, x: Any, weight: Any, bias: Any, out: Any) -> Any:
         def shape(name: str, *sizes: int) -> Any:
