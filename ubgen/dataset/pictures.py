@@ -61,6 +61,7 @@ def directory_in(store: Store, name: str) -> Store:
     inner = open_store(store.address(name))
     if inner.local_path:
         inner.local_path.mkdir(exist_ok=True)
+        inner.delete_leftovers()  # of a run that was killed while it wrote pictures
     return inner
 
 

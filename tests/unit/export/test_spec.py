@@ -63,7 +63,7 @@ def test_weights_that_a_spec_leaves_out_must_be_given() -> None:
         weight_directories(spec)
 
 
-UNET = '[networks.unet]\ncompiler = "onnxruntime"\n'
+UNET = '[networks.unet]\ncompiler = "onnxruntime"\nopset = 23\n'
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ UNET = '[networks.unet]\ncompiler = "onnxruntime"\n'
         ("tolerance = 1e-4", "tolerance = -1.0", r"tolerance must be above 0"),
         ("tolerance = 1e-4", "tolerance = nan", r"tolerance must be above 0"),
         ("tolerance = 1e-4", 'tolerance = "small"', r"tolerance must be of type float"),
-        ("tolerance = 1e-4", "tolerance = 1e-4\nopset = 9", r"opset must be 18\.\.23, not 9"),
+        ("opset = 23", "opset = 9", r"opset must be 18\.\.23, not 9"),
         ("steps = 10", "steps = 1", r"parity\.images and parity\.steps must be at least 2"),
         ("[weights]", "[weights", "not valid TOML"),
         ("image_size = 64", "image_size = 60", "image_size must be a multiple of 8 pixels, not 60"),
@@ -107,7 +107,7 @@ UNET = '[networks.unet]\ncompiler = "onnxruntime"\n'
         (UNET, UNET + "options = { refit = true }\n", "refit is a setting of tensorrt, not of onnxruntime"),
         (
             UNET,
-            '[networks.unet]\ncompiler = "tensorrt"\n',
+            '[networks.unet]\ncompiler = "tensorrt"\nopset = 23\n',
             r'unet\.compiler = "tensorrt" needs device = "cuda"',
         ),
         (
