@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from ubgen.dataset.index import index_line, index_text
@@ -54,14 +55,17 @@ def encode_image(image: Image.Image | np.ndarray, extension: str) -> bytes:
 
     `image` may be an array (H,W,3) of uint8.
     """
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    buffer = io.BytesIO()
     if extension == "png":
-        image.save(buffer, "PNG", compress_level=6)
-    else:
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return mark_synthetic(buffer.getvalue())
+        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG", compress_level=6)
+        return mark_synthetic(buffer.getvalue())
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
+    # not Pillow, which holds Python's lock while it encodes: more threads would be no faster, and others would wait
+    data = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(pixels), JPEG_QUALITY, colorspace="RGB", colorsubsampling="444", fastdct=False
+    )
+    return mark_synthetic(data)
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ class SynthConfig:
     """Images in a shard, the unit of resuming."""
     format: Literal["jpg", "png"] = "jpg"
     """JPEG of quality 95 without chroma subsampling, or PNG."""
-    encoder: Literal["auto", "pillow", "nvjpeg"] = "auto"
-    """Who encodes JPEGs: "auto" is nvjpeg for an engine on a GPU, else Pillow. Their bytes differ."""
+    encoder: Literal["auto", "cpu", "nvjpeg"] = "auto"
+    """Who encodes JPEGs: "auto" is nvjpeg for an engine on a GPU, else libjpeg-turbo on the CPU. Their bytes differ."""
     executor: Literal["local", "static", "ray"] = "local"
     """"local": processes on this machine; "static": one part of a run, for job arrays; "ray": a Ray cluster."""
     workers: int | Literal["auto"] = "auto"
@@ -117,9 +117,9 @@ class SynthConfig:
     def resolved_encoder(self) -> str:
         """The encoder that "auto" stands for."""
         if self.format == "png":
-            return "pillow"
+            return "cpu"
         if self.encoder == "auto":
-            return "nvjpeg" if self.device.startswith("cuda") else "pillow"
+            return "nvjpeg" if self.device.startswith("cuda") else "cpu"
         return self.encoder
 
     def worker_threads(self, workers: int) -> int:

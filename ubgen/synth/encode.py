@@ -15,8 +15,8 @@ from ubgen.synth.selection import Chosen
 Encoded = tuple[Chosen, bytes]
 
 
-class PillowEncoder:
-    """On the host, several images at a time: Pillow lets other threads run while it encodes."""
+class CpuEncoder:
+    """On the host, several images at a time."""
 
     on_device = False
 
@@ -47,6 +47,6 @@ class NvjpegEncoder:
         return list(zip(chosen, parts, strict=True))
 
 
-def encoder(config: SynthConfig) -> PillowEncoder | NvjpegEncoder:
+def encoder(config: SynthConfig) -> CpuEncoder | NvjpegEncoder:
     """The one that the configuration names."""
-    return NvjpegEncoder() if config.resolved_encoder() == "nvjpeg" else PillowEncoder(config.format)
+    return NvjpegEncoder() if config.resolved_encoder() == "nvjpeg" else CpuEncoder(config.format)

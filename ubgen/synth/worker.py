@@ -131,7 +131,7 @@ class _Stages:
         networks = [("denoise", self._denoise), ("decode", self._decode), ("score", self._score)]
         rest = [
             Stage("select", self._select),
-            Stage("encode", self._encode, self._scope, lanes=2),  # no encoder waits for a batch's last image
+            Stage("encode", self._encode, self._scope),
             Stage("write", self._assembly.add),
         ]
         if self._chain.device.type == "cuda":
