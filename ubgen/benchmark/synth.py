@@ -4,8 +4,9 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def bench_synth(
     device = device or read_manifest(path, "export")["config"]["spec"]["device"]
     machine = machine_record(device)
     say("opening the engine")
-    with tempfile.TemporaryDirectory(prefix="ubgen-bench-synth-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="ubgen-bench-synth-") as scratch, _threads_restored():
         work = _Work(path, device, Path(scratch), images, batch, steps, guidance)
         engines = load(path, device)
         settings = {
@@ -155,6 +156,16 @@ def bench_synth(
         _turns(sides, rounds, result, say)
     result.machine["peak_memory"] = peak_by_device(engines.device)
     return result
+
+
+@contextmanager
+def _threads_restored() -> Iterator[None]:
+    """Opening an engine for several batches at a time leaves torch few threads."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _turns(sides: dict[str, Callable[[], float]], rounds: int, result: SynthBench, say: Say) -> None:

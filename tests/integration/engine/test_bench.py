@@ -105,9 +105,11 @@ def test_a_directory_without_an_engine_is_refused(tmp_path: Path) -> None:
 
 
 def test_synthesis_is_timed_beside_its_peers(exported: Exported, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
     result = bench_synth(
         exported.path, images=5, batch=2, steps=2, rounds=2, dataset=3_600_000, gpus=4, device="cpu"
     )
+    assert torch.get_num_threads() == threads
     assert {name: len(rates) for name, rates in result.rates.items()} == {
         "ubgen-synth": 2,
         "bare loop": 2,
