@@ -215,6 +215,7 @@ def _ticking(pipeline: Pipeline) -> Iterator[None]:
     over = threading.Event()
 
     def tick() -> None:
+        pipeline.tick()  # however short the run is
         while not over.wait(TICK):
             pipeline.tick()
 
