@@ -7,10 +7,13 @@ NATIVE := CMakeLists.txt $(wildcard kernels/include/ubgen/*.h kernels/src/* kern
 
 MAKEFLAGS += --no-print-directory
 
-.PHONY: test quickstart install lint format kernels sanitize clean
+.PHONY: test slow quickstart install lint format kernels sanitize clean
 
 test: lint kernels sanitize
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu and not slow"
+
+slow: install
+	$(BIN)/pytest -m "slow and not gpu"
 
 quickstart: install
 	$(BIN)/python -m ubgen.cli.quickstart

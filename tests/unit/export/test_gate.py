@@ -67,6 +67,7 @@ def test_weights_beyond_float16_on_onnx_runtime(tmp_path: Path) -> None:
     ] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_values_beyond_float16_on_aotinductor(tmp_path: Path) -> None:
     """Here all weights fit, and what they compute does not."""
