@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 import tempfile
 import time
@@ -92,11 +91,17 @@ def run(out: str, engine: str, samples: int) -> dict[str, Any]:
         "until_first": first[-1],
         "making": speed["worker_seconds"],
         "seconds": seconds,
-        "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak": peak(),
         "rate": result.made / speed["worker_seconds"] if result.made else None,
         "busy": speed["busy_seconds"],
         "bottleneck": speed["bottleneck_shares"],
     }
+
+
+def peak() -> int:
+    """Bytes of resident memory at most; getrusage would also count the parent's, from before this program began."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def encoder(samples: int) -> float:
