@@ -8,17 +8,17 @@ import struct
 import zlib
 
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-_XMP = (
+XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
     '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">'
     f"<Iptc4xmpExt:DigitalSourceType>{DIGITAL_SOURCE_TYPE}</Iptc4xmpExt:DigitalSourceType>"
     '</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
-).encode()
+)
 
-_APP1_BODY = b"http://ns.adobe.com/xap/1.0/\0" + _XMP
+_APP1_BODY = b"http://ns.adobe.com/xap/1.0/\0" + XMP.encode()
 _SEGMENT = b"\xff\xe1" + struct.pack(">H", len(_APP1_BODY) + 2) + _APP1_BODY
-_ITXT_BODY = b"iTXt" + b"XML:com.adobe.xmp\0\0\0\0\0" + _XMP
+_ITXT_BODY = b"iTXt" + b"XML:com.adobe.xmp\0\0\0\0\0" + XMP.encode()
 _CHUNK = struct.pack(">I", len(_ITXT_BODY) - 4) + _ITXT_BODY + struct.pack(">I", zlib.crc32(_ITXT_BODY))
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_HEADER = len(_PNG) + 25  # IHDR, which must come first

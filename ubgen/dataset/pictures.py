@@ -4,14 +4,16 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
-from ubgen.dataset.charts import score_figure, throughput_figure
-from ubgen.dataset.metadata import mark_synthetic
+from ubgen.dataset.charts import draw_charts
+from ubgen.dataset.metadata import XMP
 from ubgen.dataset.reader import ShardDataset
 from ubgen.dataset.stats import dataset_stats
 from ubgen.dataset.text import plain, safe_names, score_titles
@@ -21,6 +23,7 @@ SHEET = "contact-sheet.png"
 SHEETS = "contact-sheets"
 SCORES = "scores.png"
 THROUGHPUT = "throughput.png"
+_CHARTS = {"scores": SCORES, "throughput": THROUGHPUT}
 _ROWS, _COLUMNS = 40, 8
 _PER_CLASS, _MOST_CLASSES = 64, 100
 _CELL, _LABEL, _GAP, _HEADER = 96, 190, 4, 50
@@ -45,14 +48,11 @@ def write_pictures(
     chosen, note = _chosen_classes(stats)
     places = _first_images(dataset, {*chosen, *range(min(len(dataset.classes), _ROWS))})
     with ThreadPoolExecutor(_READERS) as readers:
-        store.write(SHEET, _png(_overview(dataset, places, readers)))
+        _write_png(store, SHEET, _overview(dataset, places, readers))
         written = [SHEET, *_write_class_sheets(dataset, store, chosen, places, stats, note, readers)]
-    if drawn := score_figure(stats):
-        store.write(SCORES, drawn)
-        written.append(SCORES)
-    if throughput and (drawn := throughput_figure(throughput)):
-        store.write(THROUGHPUT, drawn)
-        written.append(THROUGHPUT)
+    for name, chart in draw_charts(stats, throughput).items():
+        store.write(_CHARTS[name], chart)
+        written.append(_CHARTS[name])
     return written
 
 
@@ -128,7 +128,7 @@ def _write_class_sheets(
     for label in chosen:
         sheet = _class_sheet(list(_thumbnails(dataset, places[label], readers)))
         _draw_header(sheet, dataset.classes[label], _about(label, stats, note))
-        sheets.write(files[label], _png(sheet))
+        _write_png(sheets, files[label], sheet)
         yield f"{SHEETS}/{files[label]}"
 
 
@@ -175,9 +175,10 @@ def _thumbnail(data: bytes) -> Image.Image:
 @cache
 def _font(size: int) -> Any:
     """matplotlib's own DejaVu Sans, which has far more scripts than Pillow's default font."""
-    import matplotlib
-
-    file = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    package = find_spec("matplotlib")  # importing it would take 20 MB
+    assert package is not None
+    assert package.origin is not None
+    file = Path(package.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"
     # the basic layout cannot fail, whatever the text
     return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
 
@@ -213,7 +214,9 @@ def _draw_lines(sheet: Image.Image, lines: Sequence[str], middle: int) -> None:
         draw.text((_GAP, middle - 8 * len(lines) + 16 * i), line, fill="black", font=_font(13))
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=3)
-    return mark_synthetic(buffer.getvalue())
+def _write_png(store: Store, name: str, image: Image.Image) -> None:
+    """Straight to the file: the overview of a thousand photos is some 10 MB."""
+    mark = PngInfo()
+    mark.add_itxt("XML:com.adobe.xmp", XMP)
+    with store.new_file(name) as file:
+        image.save(file, "PNG", compress_level=3, pnginfo=mark)
