@@ -82,11 +82,14 @@ def _chosen_classes(stats: Mapping[str, Any]) -> tuple[list[int], str]:
 
 
 def _first_images(dataset: ShardDataset, classes: set[int]) -> dict[int, list[int]]:
-    """Up to 64 places in the dataset for each class, the first ones; reads no more sidecars than it must."""
+    """Up to 64 places in the dataset for each class, the first ones; reads no more sidecars than it must.
+
+    One after the other: readers that come later would each parse the same ones.
+    """
     places: dict[int, list[int]] = {label: [] for label in classes}
     missing = set(classes)
-    for place, entry in enumerate(dataset.entries()):
-        label = entry["class_index"]
+    labels = (label for part in dataset.shard_labels() for label in part.tolist())
+    for place, label in enumerate(labels):
         if label in missing:
             places[label].append(place)
             if len(places[label]) == _PER_CLASS:

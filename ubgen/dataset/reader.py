@@ -79,8 +79,12 @@ class ShardDataset(Sequence[Sample]):
 
     def labels(self) -> np.ndarray:
         """(N,) int32: the class index of every sample."""
-        tables = [self._table(number).labels for number in range(len(self.shards))]
-        return np.concatenate(tables) if tables else np.empty(0, np.int32)
+        parts = list(self.shard_labels())
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    def shard_labels(self) -> Iterator[np.ndarray]:
+        """(N,) int32 for each shard in turn, read when it is asked for."""
+        return (self._table(number).labels for number in range(len(self.shards)))
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         """The image of sample `index` as it is stored (JPEG or PNG), and its label."""
