@@ -13,6 +13,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnxscript.rewriter import pattern, rewrite
 
+from ubgen.export.conv_passes import ConvolveBeforeUpsampling, WinogradConv
+
 GEMM_LIMIT = (
     2**18
 )  # values of a result for one image; for what no cache holds, Gemm's bias costs more than an Add
@@ -29,6 +31,7 @@ def fit_cpu(model: ir.Model) -> None:
     rewrite(
         model, pattern_rewrite_rules=[FuseBias.rule()]
     )  # of both parts of a linear layer that was cut, too
+    rewrite(model, pattern_rewrite_rules=[ConvolveBeforeUpsampling.rule(), WinogradConv.rule()])
     RemoveUnusedNodesPass()(model)
     ClearMetadataAndDocStringPass()(model)  # traces of this machine's source files, most of the graph's bytes
 
