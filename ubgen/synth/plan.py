@@ -10,6 +10,7 @@ from ubgen.classes import ClassList
 from ubgen.dataset import Store, finished_shards, shard_files
 from ubgen.errors import UserError
 from ubgen.manifest import MANIFEST
+from ubgen.synth.accounts import account_files
 from ubgen.synth.config import SynthConfig
 
 PLAN = "run.json"
@@ -153,7 +154,7 @@ def _clear(store: Store) -> None:
     """The marks of what is whole go first: whatever happens meanwhile, no half dataset looks like a whole one."""
     names = set(store.names())
     shards = sorted(shard_files(names), key=lambda name: not name.endswith(".json"))
-    for name in [MANIFEST, *shards, *_OWN_FILES]:
+    for name in [MANIFEST, *shards, *account_files(names), *_OWN_FILES]:
         if name in names:
             store.delete(name)
 

@@ -14,6 +14,7 @@ from ubgen.config import to_dict
 from ubgen.dataset import Store, open_store, write_classes
 from ubgen.errors import UserError
 from ubgen.manifest import MANIFEST, StageDirectory, read_manifest, stage_directory
+from ubgen.synth.accounts import Account, History, Record, account_files, leave, left, together
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.executors.job import Events, Job, MakeChain, open_engine
 from ubgen.synth.executors.local import run_local
@@ -21,7 +22,6 @@ from ubgen.synth.executors.ray_cluster import run_ray
 from ubgen.synth.executors.static import part_of, run_static
 from ubgen.synth.finish import describe
 from ubgen.synth.plan import Plan, class_prompts, identity, start_or_resume
-from ubgen.synth.worker import Account
 
 _RUN = {"local": run_local, "static": run_static, "ray": run_ray}
 Directory = Callable[..., AbstractContextManager[StageDirectory]]
@@ -83,45 +83,36 @@ def synthesise(
     return _finish_static(session, directory, key)
 
 
+@dataclass(frozen=True)
 class _Session:
-    """One run of the command: what it made, and when."""
+    """One invocation of the command: what it made, and when."""
 
-    def __init__(self, job: Job, store: Store, account: Account, history: "_History") -> None:
-        self.job = job
-        self.store = store
-        self.account = account
-        self.history = history
+    job: Job
+    store: Store
+    record: Record
 
     def finish(self, stage: StageDirectory, key: str) -> Synthesised:
         """Describe the dataset, and write the manifest."""
-        config, plan = self.job.config, self.job.plan
-        facts = describe(self.store, config, plan, key, self.history.points)
+        config, plan, files = self.job.config, self.job.plan, left(self.store)
+        whole = together(files.values())
+        facts = describe(self.store, config, plan, key, whole.points)
         stage.finish(
             _inputs(config),
             engine_key=key,
             dataset={"images": plan.images, "shards": plan.shards, "classes": len(plan.classes)},
             stats=facts,
-            speed={
-                "images": self.account.images,
-                "images_per_second": self.speed,
-                "worker_seconds": self.account.seconds,
-                "busy_seconds": self.account.busy,
-                "bottleneck_shares": self.account.shares(),
-                "throughput": self.history.points,
-            },
-            same_bits=self.account.same_bits,
+            speed=whole.speed(),
+            same_bits=whole.account.same_bits,
         )
+        for name in files:
+            self.store.delete(name)
         return self.result(True, facts)
 
     def result(self, complete: bool, stats: dict[str, Any] | None = None) -> Synthesised:
-        config, images, account = self.job.config, self.job.plan.images, self.account
-        return Synthesised(
-            str(config.out), images, account.images, self.speed, account.shares(), complete, stats or {}
-        )
-
-    @property
-    def speed(self) -> float:
-        return self.account.images / max(self.history.seconds, 1e-9)
+        images, record = self.job.plan.images, self.record
+        made, shares = record.account.images, record.account.shares()
+        speed = record.images_per_second
+        return Synthesised(str(self.job.config.out), images, made, speed, shares, complete, stats or {})
 
 
 def _make_missing(job: Job, store: Store, watch: Watch) -> _Session:
@@ -134,26 +125,30 @@ def _make_missing(job: Job, store: Store, watch: Watch) -> _Session:
         if mine is todo
         else sum(map(job.plan.shard_length, part_of(range(job.plan.shards), *job.config.static_part())))
     )
-    history = _History(lambda images: watch.progress(total - missing + images, total))
-    history.add(0)
-    account = Account()
-    if mine:
+    history = History(lambda images: watch.progress(total - missing + images, total))
+    if not mine:
+        return _Session(job, store, history.end(Account()))
 
-        def progress(images: int, shares: dict[str, float]) -> None:
-            history.add(images)
-            watch.bottlenecks(shares)
+    def progress(images: int, shares: dict[str, float]) -> None:
+        history.add(images)
+        watch.bottlenecks(shares)
 
-        events = Events(lambda shard: None, progress, watch.say)
-        account = _RUN[job.config.executor](job, todo, events)
-    history.stop()
-    return _Session(job, store, account, history)
+    events = Events(lambda shard: None, progress, watch.say)
+    record = history.end(_RUN[job.config.executor](job, todo, events))
+    leave(store, record)
+    return _Session(job, store, record)
 
 
 def _finish_static(session: _Session, directory: Directory, key: str) -> Synthesised:
     """The part that ends last finishes the dataset; of several that end together, one does."""
     config, deadline = session.job.config, time.monotonic() + _FINISH_WITHIN
     while not session.job.plan.unfinished(session.store):
-        if MANIFEST in session.store.names():  # another part was quicker
+        names = session.store.names()
+        if MANIFEST in names:  # another part was quicker
+            for name in account_files(
+                names
+            ):  # where parts do not see each other, too quick to add up this one
+                session.store.delete(name)
             return session.result(True, read_manifest(config.out, "synth")["stats"])
         try:
             with directory() as stage:
@@ -163,33 +158,6 @@ def _finish_static(session: _Session, directory: Directory, key: str) -> Synthes
                 raise
             time.sleep(random.uniform(0.1, 1.0))
     return session.result(False)
-
-
-class _History:
-    """Images made against time, with few points however long it takes: of many, every other one is dropped."""
-
-    LIMIT = 512
-
-    def __init__(self, report: Callable[[int], None]) -> None:
-        self.points: list[tuple[float, int]] = []
-        self.seconds = 0.0
-        self._images = 0
-        self._every = 0.5
-        self._start = time.monotonic()
-        self._report = report
-
-    def add(self, images: int) -> None:
-        self._images += images
-        now = time.monotonic() - self._start
-        if not self.points or now >= self.points[-1][0] + self._every:
-            self.points.append((round(now, 3), self._images))
-            if len(self.points) > self.LIMIT:
-                self.points, self._every = self.points[::2], 2 * self._every
-        self._report(self._images)
-
-    def stop(self) -> None:
-        self.seconds = time.monotonic() - self._start
-        self.points.append((round(self.seconds, 3), self._images))
 
 
 def _inputs(config: SynthConfig) -> dict[str, Path]:

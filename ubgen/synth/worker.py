@@ -4,13 +4,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ubgen.dataset import Store
+from ubgen.synth.accounts import Account, shares_of
 from ubgen.synth.assembly import Assembly
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.encode import encoder
@@ -46,34 +47,6 @@ class Links:
     take: Callable[[], int | None]
     finished: Callable[[int], None]
     progress: Callable[[int, dict[str, float]], None] = lambda images, shares: None
-
-
-@dataclass
-class Account:
-    """Seconds each stage was busy, and seconds for which it was the one that the others waited for.
-
-    `same_bits` is what `Generator.same_bits` found, of all workers the worst.
-    """
-
-    images: int = 0
-    seconds: float = 0.0
-    busy: dict[str, float] = field(default_factory=dict)
-    bottleneck: dict[str, float] = field(default_factory=dict)
-    same_bits: dict[str, bool] = field(default_factory=dict)
-
-    def add(self, other: "Account") -> None:
-        """Of several workers: sums."""
-        self.images += other.images
-        self.seconds += other.seconds
-        for mine, theirs in ((self.busy, other.busy), (self.bottleneck, other.bottleneck)):
-            for name, value in theirs.items():
-                mine[name] = mine.get(name, 0.0) + value
-        for name, same in other.same_bits.items():
-            self.same_bits[name] = self.same_bits.get(name, True) and same
-
-    def shares(self) -> dict[str, float]:
-        """Share of the time in which each stage was the bottleneck; they sum to 1."""
-        return _shares(self.bottleneck)
 
 
 @dataclass
@@ -197,7 +170,7 @@ class _Stages:
         )
         self._feed.decided(len(batch.items), again)
         self.images += len(chosen)
-        self._links.progress(len(chosen), _shares(_times(self.pipeline, 1.0)[1]))
+        self._links.progress(len(chosen), shares_of(_times(self.pipeline, 1.0)[1]))
         return chosen
 
 
@@ -228,11 +201,6 @@ def _ticking(pipeline: Pipeline) -> Iterator[None]:
         thread.join()
 
 
-def _shares(seconds: dict[str, float]) -> dict[str, float]:
-    total = sum(seconds.values())
-    return {name: value / total for name, value in seconds.items()} if total else {}
-
-
 def _times(pipeline: Pipeline, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
     """(busy, bottleneck) in seconds. Where the networks share a stage, its part is split by their own times."""
     busy, ticks = dict(pipeline.busy), pipeline.bottlenecks()
@@ -242,6 +210,6 @@ def _times(pipeline: Pipeline, seconds: float) -> tuple[dict[str, float], dict[s
     if together is not None:
         share = bottleneck.pop("networks", 0.0)
         parts: dict[str, float] = {n: busy[n] for n in ("denoise", "decode", "score") if n in busy}
-        bottleneck = {name: share * part for name, part in _shares(parts).items()} | bottleneck
+        bottleneck = {name: share * part for name, part in shares_of(parts).items()} | bottleneck
         busy = parts | {name: value for name, value in busy.items() if name not in parts}
     return busy, bottleneck

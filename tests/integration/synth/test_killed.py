@@ -11,8 +11,8 @@ SCRIPT = Path(__file__).with_name("killed_runs.py")
 
 
 def dataset_bytes(out: Path) -> dict[str, bytes]:
-    """All but the manifest and the picture of the speed, which tell of times."""
-    files = (p for p in out.rglob("*") if p.is_file())
+    """All but the manifest, the picture of the speed, and an account that was not taken away: they tell of times."""
+    files = (p for p in out.rglob("*") if p.is_file() and not p.name.startswith(".account-"))
     names = {p.relative_to(out).as_posix(): p.read_bytes() for p in files}
     return {n: data for n, data in names.items() if n not in ("manifest.json", "throughput.png", ".lock")}
 

@@ -16,6 +16,7 @@ from ubgen.dataset.verify import verify
 from ubgen.errors import UserError
 from ubgen.manifest import read_manifest
 from ubgen.synth import SynthConfig, synthesise
+from ubgen.synth.accounts import account_files
 from ubgen.synth.plan import Item
 
 Settings = Callable[..., SynthConfig]
@@ -151,6 +152,60 @@ def test_broken_networks_end_the_run_with_one_line(
     ):
         synthesise(settings(out), chain=lambda *_: Nan())
     assert not [p for p in out.iterdir() if "shard" in p.name]
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_the_manifest_tells_of_all_parts(
+    settings: Settings, stand_ins: ModuleType, undisturbed: Path, tmp_path: Path, where: str, url: str
+) -> None:
+    """The second part fails first, and is then continued; the first is queued twice."""
+    out = url if where == "s3" else tmp_path / "out"
+    parts = [settings(out, executor="static", part=f"{i}/2") for i in (1, 2)]
+
+    class Fails(stand_ins.FromIdentities):  # type: ignore[name-defined, misc]
+        def denoise(self, items: Sequence[Item]) -> torch.Tensor:
+            raise RuntimeError("the device fell off the bus")
+
+    with pytest.raises(RuntimeError, match="fell off"):
+        synthesise(parts[1], chain=lambda *_: Fails())
+    made = [make(parts[i], stand_ins) for i in (0, 0, 1)]
+    assert [(part.made, part.complete) for part in made] == [(32, False), (0, False), (28, True)]
+    manifest = read_manifest(str(out), "synth")
+    speed = manifest["speed"]
+    assert speed["images"] == 60
+    assert speed["throughput"][-1][1] == 60
+    assert speed["throughput"][-1][0] == pytest.approx(60 / speed["images_per_second"], abs=1e-3)
+    assert speed["worker_seconds"] <= speed["throughput"][-1][0]
+    assert sum(speed["bottleneck_shares"].values()) == pytest.approx(1)
+    assert manifest["same_bits"] == {"position": True, "size": True}
+    assert shards(out) == shards(undisturbed)
+    assert set(open_store(str(out)).names()) == set(open_store(undisturbed).names()) - (
+        {".lock"} if where == "s3" else set()
+    )
+
+
+def test_accounts_count_until_the_dataset_is_finished(
+    settings: Settings, stand_ins: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends while it describes the dataset, and one that has nothing left to make; then another dataset."""
+    out = tmp_path / "out"
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr("ubgen.synth.finish.write_pictures", fail)
+        with pytest.raises(OSError, match="No space"):
+            make(settings(out), stand_ins)
+    assert len(account_files(open_store(out).names())) == 1
+    assert make(settings(out), stand_ins).made == 0
+    speed = read_manifest(out, "synth")["speed"]
+    assert (speed["images"], speed["throughput"][-1][1]) == (60, 60)
+    assert account_files(open_store(out).names()) == []
+    (out / f".account-{0:032x}.json").write_bytes(b"")
+    make(settings(out, per_class=4, overwrite=True), stand_ins)
+    assert account_files(open_store(out).names()) == []
+    assert read_manifest(out, "synth")["speed"]["images"] == 20
 
 
 def test_the_manifest_says_what_made_it(settings: Settings, undisturbed: Path) -> None:

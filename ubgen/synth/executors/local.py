@@ -12,9 +12,10 @@ import torch
 
 from ubgen.dataset import open_store
 from ubgen.errors import UserError
+from ubgen.synth.accounts import Account
 from ubgen.synth.executors.job import Events, Job, devices
 from ubgen.synth.leases import Leases
-from ubgen.synth.worker import Account, Links, work
+from ubgen.synth.worker import Links, work
 
 DEATHS = 3
 """Workers that may die one after the other, with no shard finished in between, before the run gives up."""

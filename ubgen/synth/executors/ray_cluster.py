@@ -9,10 +9,11 @@ from typing import Any
 from ubgen.dataset import open_store
 from ubgen.errors import UserError
 from ubgen.probes import require_ray
+from ubgen.synth.accounts import Account
 from ubgen.synth.executors.job import Events, Job
 from ubgen.synth.executors.local import DEATHS, picklable
 from ubgen.synth.leases import Leases
-from ubgen.synth.worker import Account, Links, work
+from ubgen.synth.worker import Links, work
 
 _POLL = 0.5
 _LOOK_AROUND = 5.0  # seconds between two looks at what the cluster has

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from ubgen.synth.accounts import Account
 from ubgen.synth.executors.job import Events, Job
 from ubgen.synth.executors.local import run_local
-from ubgen.synth.worker import Account
 
 
 def part_of(shards: Sequence[int], part: int, parts: int) -> list[int]:
