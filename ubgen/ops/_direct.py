@@ -22,8 +22,10 @@ def direct(*tensors: Tensor | None) -> bool:
     if _modes() or _transform() is not None:
         return False
     grad = torch.is_grad_enabled()
-    return all(tensor is None or _plain(tensor, grad) for tensor in tensors)
-
-
-def _plain(tensor: Tensor, grad: bool) -> bool:
-    return (type(tensor) is Tensor or type(tensor) is Parameter) and not (grad and tensor.requires_grad)
+    for tensor in tensors:
+        kind = type(tensor)
+        if tensor is not None and kind is not Tensor and kind is not Parameter:
+            return False
+        if grad and tensor is not None and tensor.requires_grad:
+            return False
+    return True

@@ -72,7 +72,7 @@ def function(name: str, device_type: str) -> Callable[..., None] | None:
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """The tensor's GPU as the current one; nothing for a CPU."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else _NOTHING
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else _NOTHING
 
 
 def library(device_type: str) -> ctypes.CDLL | None:

@@ -45,9 +45,11 @@ def guided_step(
     shapes or lengths disagree.
     """
     _check(x, e_uncond, e_cond, history, noise, weights)
-    call = _run if direct(x, e_uncond, e_cond, noise, *history) else _guided_step
-    x_next, e = call(x, e_uncond, e_cond, list(history), noise, a, b, guidance, s, list(weights))
-    return x_next, (e_uncond if e_cond is None else e)
+    if direct(x, e_uncond, e_cond, noise, *history):
+        x_next, e = _run(x, e_uncond, e_cond, history, noise, a, b, guidance, s, weights)
+    else:
+        x_next, e = _guided_step(x, e_uncond, e_cond, list(history), noise, a, b, guidance, s, list(weights))
+    return x_next, (e_uncond if e is None or e_cond is None else e)
 
 
 def _check(
@@ -77,6 +79,55 @@ def _run(
     x: Tensor,
     e_uncond: Tensor,
     e_cond: Tensor | None,
+    history: Sequence[Tensor],
+    noise: Tensor | None,
+    a: float,
+    b: float,
+    guidance: float,
+    s: float,
+    weights: Sequence[float],
+) -> tuple[Tensor, Tensor | None]:
+    """The update, and e where `e_cond` is given. Small steps take no longer than Python's part, so it spares calls."""
+    kind = _native.DTYPES.get(x.dtype)
+    native = None if kind is None else _native.function("guided_step", "cuda" if x.is_cuda else x.device.type)
+    if native is None:
+        x_next, e = reference.guided_step(
+            x, e_uncond, e_cond, history, a, b, guidance, weights, noise=noise, s=s
+        )
+        return x_next.contiguous(), (None if e_cond is None else e.contiguous())
+    x_next, e_next = _like(x), (None if e_cond is None else _like(x))
+    # bound to names: a contiguous copy must live until the call returns
+    x, e_uncond = x.contiguous(), e_uncond.contiguous()
+    e_cond, noise = _dense(e_cond), _dense(noise)
+    past = [tensor.contiguous() for tensor in history]
+    places = _Pointers(*[tensor.data_ptr() for tensor in past])
+    inputs = (x.data_ptr(), e_uncond.data_ptr(), _at(e_cond), places, len(past), _at(noise))
+    outputs = (x_next.data_ptr(), _at(e_next), x.numel())
+    with _native.device_of(x):
+        native(kind, *inputs, _Floats(*weights), a, b, guidance, s, *outputs)
+    return x_next, e_next
+
+
+_Pointers = ctypes.c_void_p * MAX_HISTORY
+_Floats = ctypes.c_float * (MAX_HISTORY + 1)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _operator(
+    x: Tensor,
+    e_uncond: Tensor,
+    e_cond: Tensor | None,
     history: list[Tensor],
     noise: Tensor | None,
     a: float,
@@ -85,42 +136,18 @@ def _run(
     s: float,
     weights: list[float],
 ) -> tuple[Tensor, Tensor]:
-    native = _native.function("guided_step", x.device.type) if x.dtype in _native.DTYPES else None
-    if native is None:
-        x_next, e = reference.guided_step(
-            x, e_uncond, e_cond, history, a, b, guidance, weights, noise=noise, s=s
-        )
-        return x_next.contiguous(), (x.new_empty(0) if e_cond is None else e.contiguous())
-    x_next, e = _outputs(x, e_cond)
-    # bound to names: a contiguous copy must live until the call returns
-    inputs = [None if tensor is None else tensor.contiguous() for tensor in (x, e_uncond, e_cond, noise)]
-    past = [tensor.contiguous() for tensor in history]
-    x_at, uncond_at, cond_at, noise_at = (None if tensor is None else tensor.data_ptr() for tensor in inputs)
-    with _native.device_of(x):
-        native(
-            *(_native.DTYPES[x.dtype], x_at, uncond_at, cond_at),
-            *(_Pointers(*(tensor.data_ptr() for tensor in past)), len(past), noise_at, _Floats(*weights)),
-            *(a, b, guidance, s, x_next.data_ptr(), e.data_ptr(), x.numel()),
-        )
-    return x_next, e
+    """`_run` as PyTorch wants its operators: always two tensors, none of them an input; the second is empty where
+    there is no `e_cond`."""
+    x_next, e = _run(x, e_uncond, e_cond, history, noise, a, b, guidance, s, weights)
+    return x_next, (x.new_empty(0) if e is None else e)
 
 
-_Pointers = ctypes.c_void_p * MAX_HISTORY
-_Floats = ctypes.c_float * (MAX_HISTORY + 1)
-
-
-def _outputs(x: Tensor, e_cond: Tensor | None) -> tuple[Tensor, Tensor]:
-    dense = torch.contiguous_format
-    x_next = torch.empty_like(x, memory_format=dense)
-    return x_next, (x.new_empty(0) if e_cond is None else torch.empty_like(x, memory_format=dense))
-
-
-_guided_step = torch.library.custom_op("ubgen::guided_step", _run, mutates_args=())
+_guided_step = torch.library.custom_op("ubgen::guided_step", _operator, mutates_args=())
 
 
 @_guided_step.register_fake
 def _(x, e_uncond, e_cond, history, noise, a, b, guidance, s, weights):  # type: ignore[no-untyped-def]
-    return _outputs(x, e_cond)
+    return _like(x), (x.new_empty(0) if e_cond is None else _like(x))
 
 
 def _keep_coefficients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
