@@ -1,27 +1,30 @@
 """An SD1.5-size UNet on the CPU: eager PyTorch against ONNX Runtime and AOTInductor, and the miniature's whole loop.
 
-    python bench/unet_cpu.py [--small] [--work DIR] [--out DIR]
+    python bench/unet_cpu.py [--small | --only-loop] [--work DIR] [--out DIR]
 
 Every comparison is one process in which the sides take turns; every figure of memory comes from a process of its own.
 Random weights, all tensors distinct; one image, which guidance makes two rows. Prints tables and writes them to OUT as
 unet-cpu.json and unet-cpu.md. Graphs and packages are kept in WORK and used again by a later run; the full size takes
-about half an hour and 14 GB of memory, `--small` some seconds and no AOTInductor.
+about half an hour and 14 GB of memory, `--small` some seconds and no AOTInductor. `--only-loop` measures the
+miniature's loop alone, in two minutes, and leaves the rest of OUT as it was.
 """
 
 import argparse
 import json
 import multiprocessing
-import statistics
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from unet_loop import loop_table, measure_loop, ratios, take_turns
 
 from ubgen.benchmark import Table, machine_record, peak_memory
 from ubgen.benchmark.machine import describe
@@ -124,10 +127,12 @@ class Bench:
     def file(self, side: str) -> Path:
         return self.work / f"{_stem(side)}.{'pt2' if side in PACKAGES else 'onnx'}"
 
-    def open(self, side: str) -> Network:
+    def open(self, side: str, threads: int | None = None) -> Network:
         signature = Signature.from_dict(json.loads((self.work / "signature.json").read_text("utf-8")))
         name = "aotinductor" if side in PACKAGES else "onnxruntime"
-        return backend(name).load("unet", self.file(side), signature, "cpu", torch.get_num_threads(), {})
+        return backend(name).load(
+            "unet", self.file(side), signature, "cpu", threads or torch.get_num_threads(), {}
+        )
 
     @torch.no_grad()
     def speed(self, side: str) -> dict[str, Any]:
@@ -157,61 +162,29 @@ class Bench:
                 call()
         return {"weights": weights, "load": load.extra, "run": run.peak - load.held, "activations": run.extra}
 
-    @torch.no_grad()
     def loop(self) -> dict[str, Any]:
-        """PNDM's whole loop: diffusers' pipeline, and ours on a compiled UNet."""
-        from diffusers import StableDiffusionPipeline
-
-        from ubgen.diffusion import load_stable_diffusion, sample_guided, with_sampler
-        from ubgen.runtime import run_rows
-
+        """PNDM's whole loop, of the miniature or of the tiny network."""
         if self.small:
-            images, steps, engines = 2, 3, {"unet": self.open(ENGINE)}
-            model, noise_schedule = unet(self.config), _sd15_schedule()
+            model, schedule, open_network = unet(self.config), _sd15_schedule(), partial(self.open, ENGINE)
+            result = measure_loop(model, schedule, open_network, images=2, steps=3, rounds=3)
         else:
-            images, steps, engines = 16, 50, self._miniature()
+            from ubgen.diffusion import load_stable_diffusion
+
+            # an earlier run's graph may be that of other passes
+            shutil.rmtree(self.work / "miniature-engine", ignore_errors=True)
             sd = load_stable_diffusion("ubgen:miniature/weights/stable-diffusion")
-            model, noise_schedule = sd.unet, sd.scheduler
-        scheduler = with_sampler(noise_schedule, "pndm")
-        channels, size = model.config.in_channels, model.config.sample_size
-        length, width = engines["unet"].signature.inputs[2].shape[1:]
-        generator = torch.Generator().manual_seed(3)
-        latents = torch.randn(images, channels, size, size, generator=generator)
-        cond, uncond = (torch.randn(rows, length, width, generator=generator) for rows in (images, 1))
-        pipeline = StableDiffusionPipeline(
-            None, None, None, model, scheduler, None, None, requires_safety_checker=False
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        prompts = {"cond": cond, "uncond": uncond, "guidance": torch.tensor([2.0])}
+            rounds = max(self.rounds, 3)
+            result = measure_loop(sd.unet, sd.scheduler, self._miniature, images=16, steps=50, rounds=rounds)
+        return result | {"machine": machine_record()}
 
-        def diffusers() -> Tensor:
-            return pipeline(
-                prompt_embeds=cond,
-                negative_prompt_embeds=uncond.expand_as(cond),
-                latents=latents,
-                num_inference_steps=steps,
-                guidance_scale=2.0,
-                output_type="latent",
-            ).images
-
-        def predict(x: Tensor, timestep: Tensor) -> Tensor:
-            return run_rows(engines["unet"], {"latents": x, "timestep": timestep, **prompts})["noise"]
-
-        def ours() -> Tensor:
-            return sample_guided(predict, scheduler, latents, steps=steps)
-
-        reference = diffusers()
-        error = float((ours() - reference).abs().max() / reference.abs().max())
-        times = take_turns({"eager": diffusers, "side": ours}, max(self.rounds, 3))
-        return {**ratios(times), "error": error, "images": images, "steps": steps}
-
-    def _miniature(self) -> Any:
+    def _miniature(self, threads: int) -> Network:
+        """The UNet of the shipped spec."""
         from ubgen.export import export_engine, load_spec
         from ubgen.runtime import load
 
         directory = self.work / "miniature-engine"
-        export_engine(load_spec("miniature"), directory, overwrite=True)
-        return load(directory)
+        export_engine(load_spec("miniature"), directory)  # once: the second time, it is there
+        return load(directory, threads=threads)["unet"]
 
 
 def _apply(names: tuple[str, ...], source: Path, target: Path) -> dict[str, Any]:
@@ -226,34 +199,6 @@ def _apply(names: tuple[str, ...], source: Path, target: Path) -> dict[str, Any]
     rewrite(model, pattern_rewrite_rules=[rules[name].rule() for name in names])
     onnx_ir.save(model, target)
     return {"seconds": 0.0}
-
-
-def take_turns(
-    sides: Mapping[str, Callable[[], object]], rounds: int
-) -> dict[str, list[tuple[float, float]]]:
-    """(wall, CPU) seconds of every call, after one that does not count; on a busy machine the CPU's are steadier."""
-    for call in sides.values():
-        call()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, call in sides.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            call()
-            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return times
-
-
-def ratios(times: Mapping[str, list[tuple[float, float]]]) -> dict[str, Any]:
-    """Medians of both sides, and how many times faster "side" is than "eager"."""
-    wall = {name: statistics.median(t[0] for t in ts) for name, ts in times.items()}
-    cpu = {name: statistics.median(t[1] for t in ts) for name, ts in times.items()}
-    return {
-        "wall": wall,
-        "cpu": cpu,
-        "faster": wall["eager"] / wall["side"],
-        "faster_cpu": cpu["eager"] / cpu["side"],
-        "times": {name: [[round(x, 4) for x in t] for t in ts] for name, ts in times.items()},
-    }
 
 
 def isolated(threads: int, method: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -325,26 +270,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         ratio = needed if side == "eager" else row["run"]
         memory.rows.append((side, *cells, f"{ratio / needed:.2f}"))
     memory.note = "The last column: against eager's weights and activations."
-    row = result["loop"]
-    loop = Table(
-        f"PNDM loop: {row['images']} images, {row['steps']} steps",
-        ("side", "s", "CPU s", "times as fast", "by CPU time", "error"),
-        text_columns=1,
-    )
-    loop.rows.append(
-        ("eager diffusers", f"{row['wall']['eager']:.3g}", f"{row['cpu']['eager']:.3g}", "", "", "")
-    )
-    loop.rows.append(
-        (
-            "engine, ONNX Runtime",
-            f"{row['wall']['side']:.3g}",
-            f"{row['cpu']['side']:.3g}",
-            f"{row['faster']:.2f}",
-            f"{row['faster_cpu']:.2f}",
-            f"{row['error']:.1e}",
-        )
-    )
-    return [speed, memory, loop]
+    return [speed, memory, loop_table(result["loop"])]
 
 
 def main() -> None:
@@ -357,19 +283,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-aotinductor", action="store_true", help="it takes a C++ compiler and minutes")
+    parser.add_argument(
+        "--only-loop", action="store_true", help="the miniature's loop, into the figures in OUT"
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ubgen-unet-cpu-") as scratch:
         work = given.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         bench = Bench(work.resolve(), given.small, given.rounds)
-        result = measure(bench, given.threads, not (given.small or given.no_aotinductor))
-    torch.set_num_threads(given.threads)
-    machine = machine_record()
+        if given.only_loop:
+            result = json.loads((given.out / "unet-cpu.json").read_text("utf-8"))
+            result |= {"loop": isolated(given.threads, bench.loop), "rounds": result.get("rounds", 5)}
+        else:
+            result = measure(bench, given.threads, not (given.small or given.no_aotinductor))
+            torch.set_num_threads(given.threads)
+            result |= {"machine": machine_record(), "rounds": given.rounds}
+    write(result, given.out)
+
+
+def write(result: dict[str, Any], out: Path) -> None:
+    """unet-cpu.json and unet-cpu.md into the directory `out`, and the latter to stdout."""
     text = "# UNet on the CPU\n\n" + "\n".join(table.markdown() for table in tables(result))
-    text += f"\n{describe(machine)}. Medians of {given.rounds} calls; the sides take turns in one process.\n"
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "unet-cpu.json").write_text(json.dumps({"machine": machine, **result}, indent=2) + "\n")
-    (given.out / "unet-cpu.md").write_text(text, encoding="utf-8")
+    text += f"\nThe first two tables: {describe(result['machine'])}. Medians of {result['rounds']} calls; the sides "
+    text += "take turns in one process.\n"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "unet-cpu.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (out / "unet-cpu.md").write_text(text, encoding="utf-8")
     print(text)
 
 
