@@ -218,7 +218,7 @@ def _draw_lines(sheet: Image.Image, lines: Sequence[str], middle: int) -> None:
 
 
 def _write_png(store: Store, name: str, image: Image.Image) -> None:
-    """Straight to the file: the overview of a thousand photos is some 10 MB."""
+    """Straight to the file: the overview may take 10 MB."""
     mark = PngInfo()
     mark.add_itxt("XML:com.adobe.xmp", XMP)
     with store.new_file(name) as file:

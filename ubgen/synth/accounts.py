@@ -51,6 +51,7 @@ class Account:
 
 
 def shares_of(seconds: dict[str, float]) -> dict[str, float]:
+    """Of their sum; nothing where that is zero."""
     total = sum(seconds.values())
     return {name: value / total for name, value in seconds.items()} if total else {}
 
@@ -105,6 +106,7 @@ class History:
         self._report(self._images)
 
     def end(self, account: Account) -> Record:
+        """All of it, once the workers have ended."""
         last = round(time.monotonic() - self._start, 3), self._images
         return Record(self._begun, account, [*self._points, last])
 
@@ -146,13 +148,14 @@ def together(records: Collection[Record]) -> Record:
 
 
 def _added(ordered: Collection[Record]) -> Points:
+    """Images made by all, at the moments of any of them."""
     starts = _starts(ordered)
     times = [start + np.array([s for s, _ in r.points]) for start, r in zip(starts, ordered, strict=True)]
     moments = np.unique(np.concatenate(times))
     moments = moments[np.linspace(0, len(moments) - 1, min(len(moments), _LIMIT)).round().astype(int)]
     images = np.zeros(len(moments))
     for seconds, record in zip(times, ordered, strict=True):
-        images += np.interp(moments, seconds, [images for _, images in record.points])
+        images += np.interp(moments, seconds, [made for _, made in record.points])
     return [(round(s, 3), round(n)) for s, n in zip(moments.tolist(), images.tolist(), strict=True)]
 
 

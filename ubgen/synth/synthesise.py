@@ -145,9 +145,8 @@ def _finish_static(session: _Session, directory: Directory, key: str) -> Synthes
     while not session.job.plan.unfinished(session.store):
         names = session.store.names()
         if MANIFEST in names:  # another part was quicker
-            for name in account_files(
-                names
-            ):  # where parts do not see each other, too quick to add up this one
+            # in object storage, where parts do not see each other, perhaps too quick to add up this one
+            for name in account_files(names):
                 session.store.delete(name)
             return session.result(True, read_manifest(config.out, "synth")["stats"])
         try:

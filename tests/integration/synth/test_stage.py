@@ -175,7 +175,7 @@ def test_the_manifest_tells_of_all_parts(
     assert speed["images"] == 60
     assert speed["throughput"][-1][1] == 60
     assert speed["throughput"][-1][0] == pytest.approx(60 / speed["images_per_second"], abs=1e-3)
-    assert speed["worker_seconds"] <= speed["throughput"][-1][0]
+    assert speed["worker_seconds"] <= speed["throughput"][-1][0] + 0.01  # which is rounded
     assert sum(speed["bottleneck_shares"].values()) == pytest.approx(1)
     assert manifest["same_bits"] == {"position": True, "size": True}
     assert shards(out) == shards(undisturbed)

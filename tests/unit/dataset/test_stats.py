@@ -34,6 +34,25 @@ def test_figures_are_those_of_the_scores(tmp_path: Path, make: Callable[..., Pat
     json.dumps(stats, allow_nan=False)
 
 
+@pytest.mark.parametrize("exact", [12, 6, 0], ids=["float32", "float64 from the second shard", "float64"])
+def test_no_digit_is_lost(tmp_path: Path, make: Callable[..., Path], exact: int) -> None:
+    """Whether float32 holds all scores, those of the first shard, or none."""
+    values = np.random.default_rng(0).normal(2, 1, 12)
+    values[:exact] = values[:exact].astype(np.float32)
+
+    def change(position: int, sample: dict[str, Any]) -> None:
+        sample["scores"] = {"quality": float(values[position])}
+
+    figures = dataset_stats(open_dataset(make(tmp_path / "d", per_shard=6, shards=2, change=change)))[
+        "quality"
+    ]
+    assert (figures["min"], figures["max"]) == (values.min(), values.max())
+    assert [figures["mean"], figures["std"]] == pytest.approx([values.mean(), values.std()], rel=1e-14)
+    quantiles = [np.quantile(values, float(q)) for q in figures["quantiles"]]
+    assert list(figures["quantiles"].values()) == pytest.approx(quantiles, rel=1e-14)
+    assert figures["histogram"]["counts"] == np.histogram(values, 50)[0].tolist()
+
+
 def test_missing_scores_flags_and_empty_classes(tmp_path: Path, make: Callable[..., Path]) -> None:
     def change(position: int, sample: dict[str, Any]) -> None:
         sample["class_index"] = min(sample["class_index"], 1)
