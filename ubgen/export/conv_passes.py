@@ -57,9 +57,9 @@ class WinogradConv(pattern.RewriteRuleClassBase):
     """3x3 convolution of 4x4 images -> matrix products, a quarter of its multiplications in the largest of them.
 
     Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks", F(4x4,3x3): the image, with its border of
-    zeros, is one tile. Each of the three steps is one product over all images of a batch. Rounds ten times as much as
-    the convolution, and a batch of one image otherwise than the same image among others: a product with one row has a
-    kernel of its own. (Guidance makes two rows of every image.)
+    zeros, is one tile. Each of the three steps is one product over all images of a batch. Only for rows that guidance
+    doubled: ONNX Runtime multiplies a single row by another kernel, which rounds otherwise. Rounds ten times as much as
+    the convolution.
     """
 
     def pattern(self, op: Any, x: Any, weight: Any, bias: Any) -> Any:
@@ -70,6 +70,7 @@ class WinogradConv(pattern.RewriteRuleClassBase):
             return False
         after, before = weight.shape[:2]
         fits = before >= MIN_CHANNELS and before * after <= MAX_PAIRS
+        fits = fits and str(x.shape[0]).startswith("2*")
         return fits and x.dtype == ir.DataType.FLOAT and list(x.shape[2:]) == [TILE, TILE]
 
     def rewrite(self, op: Any, x: Any, weight: Any, bias: Any, out: Any) -> Any:

@@ -22,8 +22,8 @@ DOUBLING = {
 }
 
 
-def model(x, weight, size, conv=PLAIN, resize=None, scales=(1, 1, 2, 2)):
-    """Perhaps Resize, then Conv of float32 (b, `x`, *size)."""
+def model(x, weight, size, conv=PLAIN, resize=None, scales=(1, 1, 2, 2), rows="2*b"):
+    """Perhaps Resize, then Conv of float32 (rows, `x`, *size)."""
     generator = np.random.default_rng(0)
     constants = {
         "weight": generator.standard_normal(weight, np.float32) / np.sqrt(9 * weight[1]),
@@ -35,8 +35,8 @@ def model(x, weight, size, conv=PLAIN, resize=None, scales=(1, 1, 2, 2)):
     graph = helper.make_graph(
         nodes,
         "main",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", x, *size])],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["b", weight[0], "h", "w"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, x, *size])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [rows, weight[0], "h", "w"])],
         [numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
@@ -113,6 +113,7 @@ def test_4x4_images_are_convolved_by_matrix_products(channels, after):
     "changes",
     [
         pytest.param({"size": (4, 8)}, id="not 4x4"),
+        pytest.param({"rows": "b"}, id="perhaps a single row"),
         pytest.param({"size": ("h", "w")}, id="free size"),
         pytest.param({"x": 64, "weight": (64, 64, 3, 3)}, id="few channels"),
         pytest.param({"x": 512, "weight": (256, 512, 3, 3)}, id="large weights"),
