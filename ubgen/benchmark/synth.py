@@ -61,7 +61,13 @@ class SynthBench:
             ratios = [a / b for a, b in zip(self.rates["ubgen-synth"], self.rates[side], strict=True)]
             ratio = "" if side == "ubgen-synth" else f"{statistics.median(ratios):.3f}x"
             table.rows.append((side, number(self.rate(side)), ratio))
-        table.note = "\n\n".join([describe(self.machine), *self.notes])
+        s = self.settings
+        about = (
+            f"{s['images']} images a round in batches of {s['batch']}, {s['steps']} steps, guidance {s['guidance']}, "
+            f"{s['rounds']} rounds; the sides take turns. Images/s is the median of the rounds; the last column the "
+            "median of the rounds' own ratios, and so not always the ratio of the medians."
+        )
+        table.note = "\n\n".join([about, describe(self.machine), *self.notes])
         return table
 
     def stages(self) -> Table:
