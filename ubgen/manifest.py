@@ -92,6 +92,13 @@ class StageDirectory:
             raise UserError(f"{self.store}: ubgen {self.stage} writes to a local directory only")
         return self.store.local_path
 
+    def begin(self) -> None:
+        """From here on the directory is unfinished: its manifest goes, and what killed writers left."""
+        if self.lock.exclusive:
+            self.store.delete_leftovers()
+        if self.store.size(MANIFEST) is not None:
+            self.store.delete(MANIFEST)
+
     def finish(self, inputs: Mapping[str, Path | str], **extra: Any) -> None:
         """Write the manifest, as the last file: config, versions, device, and the hash of every input."""
         if not self.lock.exclusive:
@@ -121,11 +128,26 @@ def stage_directory(
     overwrite: bool = False,
     shared: bool = False,
 ) -> Iterator[StageDirectory]:
-    """Hold `out`, a directory or URL, for one writer while the block runs.
+    """`held_directory` that has begun, for a stage that has checked all its inputs by then."""
+    with held_directory(out, stage, config, overwrite=overwrite, shared=shared) as held:
+        held.begin()
+        yield held
 
-    An unfinished directory is handed over as it is, to resume. `overwrite` only takes a finished directory's manifest
-    away; what becomes of its content is the stage's business. `shared` lets in other writers that are shared too
-    (see `ubgen.locks.hold`); such a one cannot finish the directory.
+
+@contextmanager
+def held_directory(
+    out: str | Path | Store,
+    stage: str,
+    config: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    shared: bool = False,
+) -> Iterator[StageDirectory]:
+    """Hold `out`, a directory or URL, for one writer while the block runs; it stays as it is until `begin` is called.
+
+    An unfinished directory is handed over as it is, to resume. `overwrite` lets in a finished one too, of which `begin`
+    takes only the manifest away; what becomes of its content is the stage's business. `shared` lets in other writers
+    that are shared too (see `ubgen.locks.hold`); such a one cannot finish the directory.
 
     UserError when `out` is not writable, held by another process, or finished and `overwrite` is False.
     """
@@ -133,12 +155,8 @@ def stage_directory(
         raise ValueError("only one that has the directory alone may overwrite it")
     store = open_store(out)
     with hold(store, shared=shared) as lock:
-        if not shared:
-            store.delete_leftovers()
-        if store.size(MANIFEST) is not None:
-            if not overwrite:
-                raise UserError(f"{out} is already finished; choose another --out, or pass --overwrite")
-            store.delete(MANIFEST)
+        if store.size(MANIFEST) is not None and not overwrite:
+            raise UserError(f"{out} is already finished; choose another --out, or pass --overwrite")
         yield StageDirectory(store, stage, config, lock)
 
 

@@ -19,12 +19,13 @@ from ubgen.export.inputs import exact_float32, outputs, real_inputs
 from ubgen.export.machine import require_machine
 from ubgen.export.networks import Exportable, clip_networks, qalign_networks, stable_diffusion_networks
 from ubgen.export.parity import ParityRow
+from ubgen.export.place import mark, require_place
 from ubgen.export.plan import require_memory
 from ubgen.export.report import write_report
 from ubgen.export.sources import engine_parts, lora_file, network_keys, weight_directories
 from ubgen.export.spec import EngineSpec, NetworkSpec
 from ubgen.export.store import Built, Store
-from ubgen.manifest import read_manifest, stage_directory
+from ubgen.manifest import held_directory, read_manifest
 from ubgen.rewards import Clip, QAlign
 from ubgen.runtime import Signature
 from ubgen.runtime.key import first_difference, json_hash
@@ -58,14 +59,16 @@ def export_engine(
     Networks that an interrupted export, or an engine that is replaced, left in `out` are kept where nothing that they
     depend on has changed.
 
-    UserError when an input is missing, this machine can't build the spec, `out` is finished with another engine and
-    `overwrite` is not given, or the engines are further from PyTorch than the spec allows; `out` then stays unfinished.
+    UserError when an input is missing, this machine can't build the spec, `out` overlaps an input or holds anything but
+    an engine, it is finished with another one and `overwrite` is not given, or the engines are further from PyTorch
+    than the spec allows; `out` then stays unfinished.
     """
     out = Path(out)
     load_classes(spec.parity.classes)
     inputs = weight_directories(spec)
     if lora is not None:
         inputs["lora"] = lora_file(lora)
+    require_place(out, inputs)
     require_machine(spec)
     hashes = Hashes(out / CACHE)
     parts = engine_parts(spec, inputs, hashes)
@@ -77,7 +80,9 @@ def export_engine(
         _require_no_other(out, parts)
     require_memory(spec, inputs)
     config = {"spec": spec.content(), "weights": {name: str(path) for name, path in inputs.items()}}
-    with stage_directory(out, "export", config, overwrite=overwrite) as stage, exact_float32():
+    with held_directory(out, "export", config, overwrite=overwrite) as stage, exact_float32():
+        mark(out, config)  # before the manifest of the engine that is replaced goes
+        stage.begin()
         build = _Build(spec, inputs, parts, Store(out, hashes), say)
         exported = build.run(key)
         engine = {

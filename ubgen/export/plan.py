@@ -20,6 +20,7 @@ from ubgen.export.inputs import vae_scale
 from ubgen.export.machine import device_memory, host_memory, why_not
 from ubgen.export.networks import ClipImage, ClipText, Exportable, TextEncoder, UNet, VaeDecoder
 from ubgen.export.onnx import EMBED_LIMIT
+from ubgen.export.place import require_place
 from ubgen.export.precision import lower
 from ubgen.export.qalign_graph import QAlignScorer
 from ubgen.export.sources import FAMILY, engine_parts, lora_file, network_keys, weight_directories
@@ -71,9 +72,11 @@ class Planned:
 def plan_export(spec: EngineSpec, out: str | Path | None = None, lora: str | Path | None = None) -> Planned:
     """What `export_engine` would do with the same arguments. Reads no weights, but to compare those that built `out`.
 
-    UserError when an input is missing, or the image size does not fit the networks.
+    UserError when an input is missing, `out` is no place for it, or the image size does not fit the networks.
     """
     inputs = weight_directories(spec) | ({"lora": lora_file(lora)} if lora is not None else {})
+    if out is not None:
+        require_place(Path(out), inputs)
     plans = plan_engine(spec, inputs)
     if reason := why_not(spec):
         return Planned(plans, [], False, [reason])
