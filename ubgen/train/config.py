@@ -3,10 +3,47 @@
 Defaults are the paper's (Table 5), or the authors' released code's where it is silent.
 """
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from operator import attrgetter
+from typing import Any, Literal
 
+from ubgen.config import to_dict
 from ubgen.errors import UserError
+
+_POSITIVE = (
+    "batch_size",
+    "epochs",
+    "max_updates",
+    "rollout.steps",
+    "rollout.grad_steps",
+    "generator.lora_rank",
+    "generator.lora_alpha",
+    "generator.lr",
+    "generator.eps",
+    "generator.clip",  # below 0 it would turn the gradient round
+    "discriminator.hidden",
+    "discriminator.lr",
+    "discriminator.eps",
+    "discriminator.clip",
+    "output.grid_classes",
+    "output.grid_rows",
+    "output.grid_steps",
+    "output.checkpoint_every",
+    "output.keep_checkpoints",
+)
+_NOT_NEGATIVE = (
+    "losses.entire",
+    "losses.individual",
+    "losses.quality",
+    "generator.weight_decay",
+    "discriminator.weight_decay",
+    "discriminator.warmup_epochs",
+    "discriminator.warmup_updates",
+    "output.grid_every",
+)
+_BETAS = ("generator.betas", "discriminator.betas")
 
 
 @dataclass(frozen=True)
@@ -155,36 +192,37 @@ class TrainConfig:
 
 def validate(config: TrainConfig) -> None:
     """UserError naming the first option whose value makes no sense."""
-    positive = {
-        "batch_size": config.batch_size,
-        "epochs": config.epochs,
-        "max_updates": 1 if config.max_updates is None else config.max_updates,
-        "rollout.steps": config.rollout.steps,
-        "rollout.grad_steps": config.rollout.grad_steps,
-        "generator.lora_rank": config.generator.lora_rank,
-        "discriminator.hidden": config.discriminator.hidden,
-        "output.grid_classes": config.output.grid_classes,
-        "output.grid_rows": config.output.grid_rows,
-        "output.grid_steps": config.output.grid_steps,
-        "output.checkpoint_every": config.output.checkpoint_every,
-        "output.keep_checkpoints": config.output.keep_checkpoints,
-    }
-    for name, value in positive.items():
-        if not value > 0:
-            raise UserError(f"{name} must be positive, not {value}")
-    _validate_losses(config.losses)
+    for name, value in _numbers(to_dict(config)):
+        if not math.isfinite(value):
+            raise UserError(f"{name} must be a finite number, not {value}")
+    _require(config, _POSITIVE, "positive", lambda value: value > 0)
+    _require(config, _NOT_NEGATIVE, "0 or more", lambda value: value >= 0)
+    _require(config, _BETAS, "at least 0 and below 1", lambda pair: all(0 <= beta < 1 for beta in pair))
+    _require(config, ("seed",), "a 64-bit integer", lambda value: -(2**63) <= value < 2**63)
     for name in ("prompt", "description"):
         if "{name}" not in getattr(config, name):
             raise UserError(f'{name} must contain "{{name}}", the place of the class name')
     if config.rollout.grad_steps > config.rollout.steps:
         raise UserError(f"rollout.grad_steps must be at most rollout.steps ({config.rollout.steps})")
-
-
-def _validate_losses(losses: LossConfig) -> None:
-    for name in ("entire", "individual", "quality"):
-        if not getattr(losses, name) >= 0:
-            raise UserError(f"losses.{name} must be 0 or more, not {getattr(losses, name)}")
-    if losses.entire == losses.individual == losses.quality == 0:
+    if config.losses.entire == config.losses.individual == config.losses.quality == 0:
         raise UserError(
             "losses: all three weights are 0; switch on at least one of entire, individual, quality"
         )
+
+
+def _require(config: TrainConfig, names: tuple[str, ...], wanted: str, holds: Callable[[Any], bool]) -> None:
+    """An option that is None is not given."""
+    for name in names:
+        value = attrgetter(name)(config)
+        if value is not None and not holds(value):
+            raise UserError(f"{name} must be {wanted}, not {value}")
+
+
+def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number with its option's name."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float):
+                yield prefix + name, number

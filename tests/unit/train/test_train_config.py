@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from ubgen.config import load_recipe
+from ubgen.config import load_recipe, to_dict
 from ubgen.errors import UserError
 from ubgen.train import GeneratorConfig, LossConfig, NetworkPaths, RolloutConfig, TrainConfig
 from ubgen.train.config import validate
@@ -52,3 +52,71 @@ def test_the_imagenet100_recipe_differs_in_the_classes_only() -> None:
 def test_senseless_values_are_named(config: TrainConfig, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         validate(config)
+
+
+def with_option(name: str, value: object) -> TrainConfig:
+    """CONFIG with the option of this dotted name changed."""
+    table, _, field = name.rpartition(".")
+    if not table:
+        return dataclasses.replace(CONFIG, **{field: value})
+    changed = dataclasses.replace(getattr(CONFIG, table), **{field: value})
+    return dataclasses.replace(CONFIG, **{table: changed})
+
+
+@pytest.mark.parametrize("player", ["generator", "discriminator"])
+@pytest.mark.parametrize(
+    ("option", "values", "wanted"),
+    [
+        ("lr", (0.0, -1e-5), "positive"),
+        ("clip", (0.0, -0.1), "positive"),
+        ("eps", (0.0, -1e-8), "positive"),
+        ("weight_decay", (-0.01,), "0 or more"),
+        ("betas", ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9)), "at least 0 and below 1"),
+    ],
+)
+def test_an_optimiser_that_could_not_learn_is_refused(
+    player: str, option: str, values: tuple, wanted: str
+) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=rf"{player}\.{option} must be {wanted}, not "):
+            validate(with_option(f"{player}.{option}", value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("discriminator.warmup_updates", -5),
+        ("discriminator.warmup_epochs", -0.5),
+        ("output.grid_every", -1),
+        ("generator.lora_alpha", 0.0),
+        ("seed", 2**63),
+    ],
+)
+def test_numbers_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"^{name} must be .*, not {value}"):
+        validate(with_option(name, value))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_no_number_may_be_nan_or_infinite(number: float) -> None:
+    names = [name for name, value in options(to_dict(CONFIG)) if isinstance(value, float)]
+    assert {"epochs", "rollout.guidance", "losses.entire", "generator.clip", "discriminator.slope"} <= {
+        *names
+    }
+    for name in names:
+        with pytest.raises(UserError, match=rf"^{name} must be a finite number"):
+            validate(with_option(name, number))
+    with pytest.raises(UserError, match=r"^generator\.betas must be a finite number"):
+        validate(with_option("generator.betas", (0.9, number)))
+
+
+def options(values: dict, prefix: str = "") -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+    for name, value in values.items():
+        found += options(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return found
+
+
+def test_zero_is_allowed_where_it_switches_off() -> None:
+    for name in ("discriminator.warmup_updates", "output.grid_every", "generator.weight_decay"):
+        validate(with_option(name, 0))
