@@ -9,38 +9,53 @@ from typing import Any
 from ubgen.classes import ClassList
 from ubgen.diffusion import LORA_FILE
 from ubgen.errors import UserError
-from ubgen.manifest import atomic_write
-from ubgen.train.checkpoint import DISCRIMINATOR_FILE, remove_unfinished
-from ubgen.train.record import METRICS_FILE
+from ubgen.manifest import MANIFEST, atomic_write
+from ubgen.train.checkpoint import DISCRIMINATOR_FILE, list_checkpoints, remove_unfinished
+from ubgen.train.record import METRICS_FILE, TENSORBOARD
 
 CONFIG_FILE = "config.json"
 CLASSES_FILE = "classes.txt"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+_DIRECTORIES = (CHECKPOINTS, SAMPLES, TENSORBOARD)
+_FILES = (CLASSES_FILE, METRICS_FILE, LORA_FILE, DISCRIMINATOR_FILE)
+_OURS = {"networks", "classes", "processes"}  # of every record, and together of no other config.json
+
+
+def check_directory(out: Path, config: Mapping[str, Any], classes: ClassList, overwrite: bool) -> None:
+    """UserError unless a run with this configuration may begin, continue, or start again in `out`; changes nothing.
+
+    It names the file of somebody else that the run would replace, or the first option that differs from the run that
+    was begun there.
+    """
+    if (recorded := _recorded(out)) is None:
+        for name in (MANIFEST, CONFIG_FILE, *_FILES, *_DIRECTORIES):
+            if (out / name).exists():
+                raise UserError(
+                    f"--out: {out} holds something else than a run ({name}); choose another directory"
+                )
+    elif not overwrite and not (out / MANIFEST).exists() and _has_checkpoint(out):
+        _require_same(out, recorded, config, _lines(classes))
 
 
 def prepare_directory(out: Path, config: Mapping[str, Any], classes: ClassList, overwrite: bool) -> None:
-    """Make `out` ready: cleared if `overwrite`, otherwise empty or a run with this very configuration.
+    """Make `out`, which `check_directory` let pass, ready: a run with a checkpoint is kept unless `overwrite`.
 
-    UserError names the first option that differs from the run that was begun there.
+    An attempt that came to no checkpoint left nothing to continue, so that a corrected one takes its place.
     """
-    if overwrite:
-        clear_directory(out)
-    text = "".join(f"{i}\t{name}\n" for i, name in zip(classes.ids, classes.names, strict=True))
-    recorded = out / CONFIG_FILE
-    if recorded.is_file():
-        _require_same(out, json.loads(recorded.read_text(encoding="utf-8")), config, text)
+    if _has_checkpoint(out) and not overwrite:
         remove_unfinished(out / CHECKPOINTS)
-    else:
-        atomic_write(out / CLASSES_FILE, text)
-        atomic_write(recorded, json.dumps(config, indent=2) + "\n")
+        return
+    clear_directory(out)
+    atomic_write(out / CONFIG_FILE, json.dumps(config, indent=2) + "\n")  # first: it makes the others ours
+    atomic_write(out / CLASSES_FILE, _lines(classes))
 
 
 def clear_directory(out: Path) -> None:
-    """Remove what a run writes, and nothing else."""
-    for name in (CHECKPOINTS, SAMPLES, "tensorboard"):
+    """Remove what a run writes, and nothing else; its record stays, to tell whose the rest is if this is cut short."""
+    for name in _DIRECTORIES:
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in (CONFIG_FILE, CLASSES_FILE, METRICS_FILE, LORA_FILE, DISCRIMINATOR_FILE):
+    for name in _FILES:
         (out / name).unlink(missing_ok=True)
 
 
@@ -53,6 +68,23 @@ def first_difference(old: Any, new: Any, key: str = "") -> str | None:
         if (found := first_difference(old.get(name), new.get(name), inner)) is not None:
             return found
     return None
+
+
+def _recorded(out: Path) -> dict[str, Any] | None:
+    """The configuration of the run that was begun in `out`; None if there is none of ours."""
+    try:
+        content = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and set(content) >= _OURS else None
+
+
+def _has_checkpoint(out: Path) -> bool:
+    return bool(list_checkpoints(out / CHECKPOINTS))
+
+
+def _lines(classes: ClassList) -> str:
+    return "".join(f"{i}\t{name}\n" for i, name in zip(classes.ids, classes.names, strict=True))
 
 
 def _require_same(out: Path, old: Any, new: Mapping[str, Any], classes_text: str) -> None:

@@ -10,11 +10,11 @@ from rich.console import Console
 from ubgen.classes import ClassList, load_classes
 from ubgen.config import resolve_path, to_dict
 from ubgen.errors import UserError
-from ubgen.manifest import stage_directory
+from ubgen.manifest import held_directory
 from ubgen.train.checkpoint import list_checkpoints, restore_checkpoint, save_checkpoint, save_players
 from ubgen.train.config import TrainConfig, validate
-from ubgen.train.directory import CHECKPOINTS, CLASSES_FILE, SAMPLES, prepare_directory
-from ubgen.train.players import discriminator_in_play, load_players
+from ubgen.train.directory import CHECKPOINTS, CLASSES_FILE, SAMPLES, check_directory, prepare_directory
+from ubgen.train.players import discriminator_in_play, load_players, networks_needed, require_networks
 from ubgen.train.progress import progress
 from ubgen.train.record import Record, save_grid
 from ubgen.train.stream import Batch, draw_batch, updates_for
@@ -26,20 +26,26 @@ def train(config: TrainConfig, out: Path, *, overwrite: bool = False, stop_after
 
     `overwrite` starts again in a used directory. `stop_after` ends this call after that many updates, with a
     checkpoint: the same call continues. Under `accelerate launch` every process calls this; process 0 writes.
-    On the CPU a continued run ends with the same bits as an uninterrupted one.
+    On the CPU a continued run ends with the same bits as an uninterrupted one. `out` is changed only once all networks
+    are loaded.
     """
     validate(config)
     if stop_after is not None and stop_after < 1:
         raise UserError(f"stop_after must be positive, not {stop_after}")
     classes = load_classes(config.classes)
+    require_networks(config)
     state = PartialState(cpu=config.device == "cpu")
     recorded = {**to_dict(config), "processes": state.num_processes}
-    directory = stage_directory(out, "train", recorded, overwrite=overwrite)
+    if state.is_main_process:
+        check_directory(out, recorded, classes, overwrite)
+    directory = held_directory(out, "train", recorded, overwrite=overwrite)
     with directory if state.is_main_process else nullcontext() as stage:
-        if state.is_main_process:
+        run = Run(config, classes, out, state)
+        if stage is not None:
+            stage.begin()
             prepare_directory(out, recorded, classes, overwrite)
         state.wait_for_everyone()
-        run = Run(config, classes, out, state)
+        run.restore()
         finished = run.play(stop_after)
         if finished and stage is not None:
             save_players(out, run.players)
@@ -60,7 +66,12 @@ class Run:
         self.updates = config.max_updates or updates_for(config.epochs, count, self.global_batch)
         self.warmup = _warmup_updates(config, count, self.global_batch)
         self.checkpoints = out / CHECKPOINTS
-        self.done = self._restore()
+        self.done = 0
+
+    def restore(self) -> None:
+        """Go on from the last checkpoint, if there is one."""
+        if found := list_checkpoints(self.checkpoints):
+            self.done = restore_checkpoint(found[-1], self.players)
 
     def play(self, stop_after: int | None) -> bool:
         """Do the updates that are left, at most `stop_after` of them; returns whether none is left."""
@@ -92,13 +103,11 @@ class Run:
 
     def inputs(self) -> dict[str, Path | str]:
         """The directories that this run read, for the manifest."""
-        paths = self.config.networks
-        used: dict[str, Path | str] = {"stable_diffusion": resolve_path(paths.stable_diffusion)}
-        if self.players.clip is not None:
-            used["clip"] = resolve_path(paths.clip)
-        if self.players.qalign is not None:
-            used["qalign"] = resolve_path(paths.qalign)
-        return {**used, "classes": self.out / CLASSES_FILE}
+        needed, paths = networks_needed(self.config.losses), self.config.networks
+        return {
+            **{name: resolve_path(getattr(paths, name)) for name in needed},
+            "classes": self.out / CLASSES_FILE,
+        }
 
     def _timed_update(self) -> Metrics:
         start = time.perf_counter()
@@ -129,10 +138,6 @@ class Run:
         shape, names = self.players.sd.latent_shape(), self.classes.names
         rank, processes = self.state.process_index, self.state.num_processes
         return draw_batch(self.config, names, shape, phase, update, size, rank, processes)
-
-    def _restore(self) -> int:
-        found = list_checkpoints(self.checkpoints)
-        return restore_checkpoint(found[-1], self.players) if found else 0
 
     def _checkpoint(self) -> None:
         if self.state.is_main_process:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ubgen.classes import ClassList
+from ubgen.config import require_directory
 from ubgen.diffusion import StableDiffusion, add_lora, encode_prompts, load_stable_diffusion, with_sampler
 from ubgen.errors import UserError
 from ubgen.rewards import Clip, Discriminator, QAlign
@@ -14,6 +15,11 @@ from ubgen.train.attention import set_attention
 from ubgen.train.config import DiscriminatorConfig, GeneratorConfig, LossConfig, TrainConfig
 
 HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_FILES = {
+    "stable_diffusion": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+    "clip": ("open_clip_config.json", "open_clip_model.safetensors"),
+    "qalign": ("config.json",),
+}
 
 
 @dataclass
@@ -49,6 +55,23 @@ class Players:
         # no cache: a LoRA weight first cast in a step without gradient would be reused, without one, where it trains
         half = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=half, cache_enabled=False)
+
+
+def require_networks(config: TrainConfig) -> None:
+    """UserError naming the option whose directory is not there; nothing is loaded."""
+    for name in networks_needed(config.losses):
+        option = f"--networks.{name.replace('_', '-')}"
+        require_directory(getattr(config.networks, name), option, *_FILES[name])
+
+
+def networks_needed(losses: LossConfig) -> list[str]:
+    """The networks that a run with these losses reads."""
+    needed = {
+        "stable_diffusion": True,
+        "clip": losses.entire > 0 or losses.individual > 0 or losses.log_unused,
+        "qalign": losses.quality > 0 or losses.log_unused,
+    }
+    return [name for name, is_needed in needed.items() if is_needed]
 
 
 def load_players(config: TrainConfig, classes: ClassList, device: torch.device) -> Players:
@@ -93,11 +116,9 @@ def _equip_unet(unet: Any, config: TrainConfig) -> list[nn.Parameter]:
 def _load_rewards(
     config: TrainConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[Clip | None, QAlign | None]:
-    losses = config.losses
-    needs_clip = losses.entire > 0 or losses.individual > 0 or losses.log_unused
-    needs_qalign = losses.quality > 0 or losses.log_unused
-    clip = Clip.load(config.networks.clip, dtype, device) if needs_clip else None
-    qalign = QAlign.load(config.networks.qalign, dtype, device) if needs_qalign else None
+    needed = networks_needed(config.losses)
+    clip = Clip.load(config.networks.clip, dtype, device) if "clip" in needed else None
+    qalign = QAlign.load(config.networks.qalign, dtype, device) if "qalign" in needed else None
     return clip, qalign
 
 

@@ -17,6 +17,7 @@ from ubgen.train.config import TrainConfig
 from ubgen.train.players import Players
 
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 
 
 class Record:
@@ -29,7 +30,7 @@ class Record:
         self.path = out / METRICS_FILE
         kept = [line for line in _complete_lines(self.path) if json.loads(line)["step"] <= done]
         atomic_write(self.path, "".join(line + "\n" for line in kept))
-        self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)
+        self.tensorboard = SummaryWriter(str(out / TENSORBOARD), purge_step=done + 1)
 
     def write(self, step: int, phase: str, metrics: dict[str, float]) -> None:
         """`step` counts all updates from 1, the warm-up's too."""

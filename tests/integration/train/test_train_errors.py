@@ -55,8 +55,56 @@ def test_failing_disk_leaves_the_previous_checkpoint(config: TrainConfig, tmp_pa
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "clip", "qalign"])
 def test_missing_weights_directory(config: TrainConfig, change: Change, name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="/nowhere"):
+    with pytest.raises(UserError, match=f"--networks.{name.replace('_', '-')}: /nowhere is not a directory"):
         train(change(config, "networks", **{name: "/nowhere"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert train(dataclasses.replace(config, max_updates=1), out)
+    return out
+
+
+def test_a_wrong_input_leaves_the_run_that_it_would_replace(
+    config: TrainConfig, change: Change, finished: Path, tmp_path: Path
+) -> None:
+    """A directory that is not there, weights that only loading them shows to be broken, and senseless options."""
+    broken = shutil.copytree(config.networks.qalign, tmp_path / "qalign")
+    save_file({}, broken / "model.safetensors", metadata={"format": "pt"})
+    one_class = tmp_path / "one.txt"
+    one_class.write_text("cat\n")
+    before = contents(finished)
+    for wrong in (
+        change(config, "networks", clip="/nowhere"),
+        change(config, "networks", qalign=str(broken)),
+        change(config, "generator", lr=-1.0),
+        dataclasses.replace(config, classes=str(one_class)),
+    ):
+        with pytest.raises(UserError):
+            train(wrong, finished, overwrite=True)
+        assert contents(finished) == before
+
+
+def test_a_corrected_command_needs_no_other_directory(
+    config: TrainConfig, change: Change, tmp_path: Path
+) -> None:
+    """After a first attempt that failed before, and one that failed after it had begun."""
+    out, short = tmp_path / "run", dataclasses.replace(config, max_updates=1)
+    with pytest.raises(UserError):
+        train(change(short, "networks", clip="/nowhere"), out)
+    no_warmup = change(short, "discriminator", warmup_updates=0)
+    with pytest.raises(UserError, match="there is no checkpoint yet"):
+        train(change(no_warmup, "losses", individual=float("1e39")), out)
+    assert (out / "config.json").is_file()
+    assert train(no_warmup, out)
+    rows = (out / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 1
 
 
 @pytest.mark.parametrize(
