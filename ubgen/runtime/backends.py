@@ -43,7 +43,7 @@ def _lazily(module: str, network: str) -> Load:
 
 def _probe(cpu: Callable[[], Probe] | None, cuda: Callable[[], Probe]) -> Callable[[str], Probe]:
     def probe(device: str) -> Probe:
-        if torch.device(device).type != "cpu":
+        if parse_device(device).type != "cpu":
             return cuda()
         return cpu() if cpu else Probe(cuda().name, False, "has no engines for the CPU")
 
@@ -96,11 +96,27 @@ def compiler_version(name: str) -> str:
         raise UserError(f"compiler {name!r} is not installed on this machine") from None
 
 
+def parse_device(name: str) -> torch.device:
+    """ "cpu", "cuda" or "cuda:1", whether it is there or not; UserError for any other."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # torch names its twenty device types, nearly all of them for other machines
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(
+            f"device {name!r} is not known here; use cpu, cuda, or cuda:N for one of several GPUs"
+        )
+    return device
+
+
 def device_architecture(device: str = "cpu") -> str:
     """What a compiled network is tied to: "cpu-x86_64", or "cuda-sm_90"."""
-    if torch.device(device).type == "cpu":
+    parsed = parse_device(device)
+    if parsed.type == "cpu":
         return f"cpu-{platform.machine()}"
     if not torch.cuda.is_available():
         raise UserError(f"device {device!r} is not available on this machine; use cpu")
+    if (parsed.index or 0) >= (count := torch.cuda.device_count()):
+        raise UserError(f"device {device!r} is not there; the last of this machine is cuda:{count - 1}")
     major, minor = torch.cuda.get_device_capability(device)
     return f"cuda-sm_{major}{minor}"

@@ -1,6 +1,7 @@
 """Engine directories: they run what was put in, and refuse to load anything else, saying what differs."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ubgen import runtime
 from ubgen.errors import UserError
 from ubgen.manifest import content_hash, stage_directory
 from ubgen.runtime import Dim, Signature, TensorSpec
+from ubgen.runtime.backends import backend
 from ubgen.runtime.key import json_hash, key_parts
 
 SPEC = {"device": "cpu"}
@@ -155,6 +157,22 @@ def test_parts_that_do_not_give_the_key(engine: Path) -> None:
     edit_manifest(engine, lambda m: m["engine"]["parts"].update(lora="sha256:1"), rekey=False)
     with pytest.raises(UserError, match="does not match the parts"):
         runtime.load(engine)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "CPU", "", "mps", "meta"])
+def test_what_is_no_device_is_named(engine: Path, device: str) -> None:
+    wanted = f"device {device!r} is not known here; use cpu, cuda, or cuda:N"
+    with pytest.raises(UserError, match=re.escape(wanted)):
+        runtime.load(engine, device=device)
+    with pytest.raises(UserError, match=re.escape(wanted)):
+        backend("onnxruntime").probe(device)
+
+
+def test_a_gpu_beyond_the_last_is_named(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="device 'cuda:2' is not there; the last of this machine is cuda:1"):
+        runtime.load(engine, device="cuda:2")
 
 
 def test_another_device(engine: Path) -> None:
