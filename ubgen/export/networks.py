@@ -81,7 +81,10 @@ def with_plain_upsampling(network: nn.Module) -> nn.Module:
 
 
 class VaeDecoder(nn.Module):
-    """latents (B,C,h,w) -> pixels (B,H,W,3) uint8: clamped, rounded half to even."""
+    """latents (B,C,h,w) -> pixels (B,H,W,3) uint8: clamped, rounded half to even.
+
+    An image with NaN or an infinity in it comes out black: 8 bits cannot say so, and synthesis rejects one colour.
+    """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -92,6 +95,8 @@ class VaeDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         decoded = self.decoder(self.post_quant_conv(latents / self.scaling_factor)).float()
         levels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round()
+        finite = decoded.mean(dim=(1, 2, 3), keepdim=True).abs() < torch.inf
+        levels = torch.where(finite, levels, 0.0)
         return levels.permute(0, 2, 3, 1).to(torch.uint8)
 
 

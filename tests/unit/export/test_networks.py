@@ -1,5 +1,8 @@
 """The networks that are compiled: the values of diffusers' own modules, and a batch that is free in its range."""
 
+from pathlib import Path
+
+import onnxruntime as ort
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -57,15 +60,19 @@ def test_an_exported_unet_takes_many_rows(unet: UNet2DConditionModel) -> None:
     torch.testing.assert_close(program(**inputs(ROWS)), network(**inputs(ROWS)))
 
 
-@torch.no_grad()
-def test_an_exported_decoder_takes_many_rows() -> None:
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
     torch.manual_seed(0)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         block_out_channels=(4, 4),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=2,
     ).eval()
+
+
+@torch.no_grad()
+def test_an_exported_decoder_takes_many_rows(vae: AutoencoderKL) -> None:
     network: nn.Module = VaeDecoder(vae)
     latents = torch.randn(80, 4, 4, 4)
     rows = torch.export.Dim("batch", min=1, max=128)
@@ -73,3 +80,20 @@ def test_an_exported_decoder_takes_many_rows() -> None:
     wanted = vae.decode(latents / vae.config.scaling_factor).sample
     levels = ((wanted / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
     assert ((program(latents).float() - levels).abs() <= 1).all()
+
+
+def test_an_image_that_is_not_finite_comes_out_black_and_spoils_no_other(
+    vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    latents, network = torch.randn(4, 4, 4, 4), VaeDecoder(vae).eval()
+    with torch.no_grad():
+        whole = network(latents)
+        torch.onnx.export(network, (latents,), tmp_path / "decoder.onnx", dynamo=True, verbose=False)
+    latents[1, 2, 3, 0], latents[2, 0, 1, 1] = torch.nan, torch.inf
+    session = ort.InferenceSession(tmp_path / "decoder.onnx", providers=["CPUExecutionProvider"])
+    (compiled,) = session.run(None, {session.get_inputs()[0].name: latents.numpy()})
+    for pixels in (network(latents), torch.from_numpy(compiled)):
+        assert pixels[[1, 2]].max() == 0
+        assert whole[[1, 2]].max() > 0
+        assert ((pixels[[0, 3]].int() - whole[[0, 3]].int()).abs() <= 1).all()
