@@ -48,6 +48,10 @@ class Store(ABC):
         """Names of the plain files, sorted; none if the directory does not exist."""
         return sorted(self.sizes())
 
+    def entries(self) -> list[str]:
+        """Names of all that lies here, sorted, without hidden files; of a local directory with its subdirectories."""
+        return [name for name in self.names() if not name.startswith(".")]
+
     @abstractmethod
     def sizes(self) -> dict[str, int]:
         """Size in bytes of every plain file, by name, from one listing."""
@@ -144,6 +148,12 @@ class LocalStore(Store):
         except (FileNotFoundError, NotADirectoryError):
             return {}
         return found
+
+    def entries(self) -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self.local_path) if not name.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def size(self, name: str) -> int | None:
         try:

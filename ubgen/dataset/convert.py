@@ -145,18 +145,13 @@ def _plan(source: Source, to: Format, shard_size: int) -> dict[str, Any]:
 
 
 def _refuse_other_content(store: Store) -> None:
-    names = store.names()
-    if store.local_path and store.local_path.is_dir():
-        names = [path.name for path in store.local_path.iterdir()]
-    elif store.local_path and store.local_path.exists():
+    if store.local_path and store.local_path.exists() and not store.local_path.is_dir():
         raise UserError(f"{store} is not a directory")
+    names = store.entries()
     if PLAN in names and MANIFEST in names:
         raise UserError(f"{store} is already finished; choose another output directory")
-    strange = [name for name in names if not name.startswith(".")]
-    if strange and PLAN not in names:
-        raise UserError(
-            f"{store} holds something else ({sorted(strange)[0]}); choose an empty output directory"
-        )
+    if names and PLAN not in names:
+        raise UserError(f"{store} holds something else ({names[0]}); choose an empty output directory")
 
 
 def _start_or_resume(store: Store, plan: dict[str, Any]) -> dict[str, Any]:
