@@ -18,7 +18,7 @@ from ubgen.cli._run import run
 from ubgen.dataset import open_dataset, open_store
 from ubgen.dataset.convert import Format
 from ubgen.dataset.convert import convert as convert_dataset
-from ubgen.dataset.diff import Difference
+from ubgen.dataset.diff import Difference, check_tolerance
 from ubgen.dataset.diff import diff as compare
 from ubgen.dataset.pictures import write_pictures
 from ubgen.dataset.stats import dataset_stats
@@ -112,6 +112,7 @@ def diff(
         share: Datasets with the same samples, labels and prompts agree when at least this share of the pixels is near.
         out: File for the figures as JSON.
     """
+    check_tolerance(tolerance_levels, share)  # now, not after hours of work
     with _bar("comparing") as progress:
         result = compare(a, b, levels=tolerance_levels, progress=progress)
     agrees = result.agrees(share)
@@ -142,7 +143,7 @@ def audit(
         engine: Directory made by ubgen-export; the one that made the dataset if not given.
         sample: How many images.
         seed: Which ones.
-        device: Where to run the engine; where it ran before if not given.
+        device: Where to run the engine; the device that it was made for if not given.
     """
     with _bar("rendering again") as progress:
         result = render_again(dataset, engine, sample, seed, device, progress)
@@ -172,7 +173,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def _bar(title: str) -> Any:
     """Gives a function that takes what is done and the total."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)  # a log would get no bar but an empty line
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -259,7 +261,10 @@ def _fail(message: str) -> None:
 def main() -> None:
     """Entry point of the `ubgen-dataset` command."""
     about = "Look at a dataset, check it, compare it, and write it in other layouts."
-    run(lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ubgen-dataset", description=about))
+    run(
+        lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ubgen-dataset", description=about),
+        resumes=sys.argv[1:2] == ["convert"],
+    )
 
 
 if __name__ == "__main__":

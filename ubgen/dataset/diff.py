@@ -17,6 +17,7 @@ from PIL import Image
 from ubgen.dataset.reader import ShardDataset, open_dataset
 from ubgen.dataset.shards import ShardInfo
 from ubgen.dataset.stats import read_sidecar
+from ubgen.errors import UserError
 from ubgen.storage import Store
 
 _NOT_SCORES = {"key", "class_index", "image", "cls", "json", "flag"}
@@ -76,6 +77,7 @@ class Difference:
 
     def agrees(self, share: float | None = None) -> bool:
         """Same bytes; or, with `share`, the same samples with at least that share of pixels within `levels`."""
+        check_tolerance(self.levels, share)
         return self.same_bytes or (share is not None and self.same_samples and self.share >= share)
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +86,14 @@ class Difference:
         about = {name: getattr(self, name) for name in names}
         scores = {name: gap if math.isfinite(gap) else None for name, gap in self.scores.items()}
         return {**about, "scores": scores, "share": self.share, "psnr": self.psnr if self.squares else None}
+
+
+def check_tolerance(levels: int, share: float | None = None) -> None:
+    """UserError for a tolerance that would let everything pass, or nothing."""
+    if not 0 <= levels <= 255:
+        raise UserError(f"--tolerance-levels must lie in 0..255, not {levels}")
+    if share is not None and not 0 <= share <= 1:  # also refuses NaN
+        raise UserError(f"--share must lie in 0..1, such as 0.999, not {share}")
 
 
 class _Place(NamedTuple):
@@ -124,6 +134,7 @@ def diff(
     `levels` is the difference of grey levels (0 to 255) that still counts as near. `progress` is called with samples
     done and their total. UserError where there is no dataset.
     """
+    check_tolerance(levels)
     first, second = open_dataset(a, partial=True), open_dataset(b, partial=True)
     result = Difference(levels, plan=_plan_differences(first.store, second.store))
     sums = [{shard.index: shard.sha256 for shard in dataset.shards} for dataset in (first, second)]

@@ -89,6 +89,8 @@ def verify(
     `progress` is called with shards done and their total. Damage is reported, not raised; UserError where there is
     no dataset at all.
     """
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers must be at least 1, not {workers}")
     store = open_store(where)
     classes = len(read_classes(store))
     numbers = _expected_shards(store, classes)
@@ -298,8 +300,9 @@ def _wrong_ledger(store: Store, rejected: list[dict[str, Any]]) -> list[str]:
     return []
 
 
-def _identity(entry: Mapping[str, Any]) -> tuple[int, int, int, str]:
+def _identity(entry: Mapping[str, Any]) -> tuple[int, int, int, int, str]:
     return (
+        int(entry.get("seed", 0)),
         int(entry["class_index"]),
         int(entry.get("image_index", 0)),
         int(entry.get("attempt", 0)),

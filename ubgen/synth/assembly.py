@@ -6,7 +6,7 @@ from typing import Any
 
 from ubgen.dataset import ShardWriter, Store
 from ubgen.synth.encode import Encoded
-from ubgen.synth.plan import Item, Plan
+from ubgen.synth.plan import Plan, identity_of
 from ubgen.synth.selection import Chosen
 
 
@@ -74,13 +74,3 @@ class _OpenShard:
         self.waiting: dict[int, Encoded] = {}
         self.writer = ShardWriter(store, number, plan.format)
         self.writer.__enter__()
-
-
-def identity_of(seed: int, item: Item) -> dict[str, int]:
-    """All that an image's noise depends on."""
-    return {
-        "seed": seed,
-        "class_index": item.class_index,
-        "image_index": item.image_index,
-        "attempt": item.attempt,
-    }

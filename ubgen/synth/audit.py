@@ -3,9 +3,10 @@
 import io
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from ubgen.classes import ClassList
 from ubgen.config import from_dict
 from ubgen.dataset import ShardDataset, Store, encode_image, open_dataset, open_store
 from ubgen.errors import UserError
-from ubgen.manifest import read_manifest
+from ubgen.manifest import MANIFEST, read_manifest
 from ubgen.runtime import load
-from ubgen.synth.config import SynthConfig
+from ubgen.synth.checks import own_device
+from ubgen.synth.config import SynthConfig, check_device
 from ubgen.synth.generator import Generator
 from ubgen.synth.plan import PLAN, Item
 
@@ -52,18 +54,22 @@ def audit(
     device: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Audit:
-    """Render `sample` random images of `dataset` again, by default with the engine that made it.
+    """Render `sample` random images of `dataset` again, by default with the engine that made it, on its own device.
 
     UserError when the dataset is unfinished, the engine is gone, or an identity does not belong to its place.
     """
+    if sample < 1:
+        raise UserError(f"--sample must be at least 1, not {sample}")
+    check_device(device)
     store = open_store(dataset)
     manifest = read_manifest(dataset, "synth")
-    given = {name: value for name, value in manifest["config"].items() if value is not None}
-    config = from_dict(given, SynthConfig, f"{store}/manifest.json")
-    config = replace(config, engine=Path(engine or config.engine), device=device or config.device)
+    config = _config(store, manifest)
+    path = Path(engine or config.engine)
+    device = device or own_device(read_manifest(path, "export"))
+    config = replace(config, engine=path, device=device)
     samples = open_dataset(store)
     chosen = sorted(random.Random(seed).sample(range(len(samples)), min(sample, len(samples))))
-    engines = load(config.engine, device=config.device)
+    engines = load(path, device=device)
     classes, prompts = _classes(store, samples)
     generator = Generator(engines, classes, config, prompts)
     found, close, values = Audit(same_engine=engines.key == manifest["engine_key"]), 0, 0
@@ -86,6 +92,14 @@ def audit(
         progress(found.samples, len(chosen))
     found.within = close / max(1, values)
     return found
+
+
+def _config(store: Store, manifest: Mapping[str, Any]) -> SynthConfig:
+    """The settings of the run that made the dataset."""
+    if store.size(PLAN) is None:
+        raise UserError(f"{store} has no {PLAN}: only what ubgen-synth made can be rendered again")
+    given = {name: value for name, value in manifest["config"].items() if value is not None}
+    return from_dict(given, SynthConfig, store.address(MANIFEST))
 
 
 def _classes(store: Store, samples: ShardDataset) -> tuple[ClassList, list[str]]:

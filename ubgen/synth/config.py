@@ -10,6 +10,7 @@ from typing import Literal
 from ubgen.errors import UserError
 
 _PART = re.compile(r"(\d+)/(\d+)")
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,20 @@ class SynthConfig:
     """Which part the static executor makes: "3/16" is the third of sixteen."""
     ray_address: str | None = None
     """Ray cluster to join, such as "auto" or "ray://head:10001"; without it one is started on this machine."""
-    device: str = "cpu"
-    """Where the engine runs: "cpu", "cuda"."""
+    device: str | None = None
+    """Where the engine runs: "cpu", "cuda" or "cuda:1"; the device that it was made for if not given."""
     licence: str = ""
     """Licence of the dataset, a text for its card."""
+    base_model: str = ""
+    """Name of the base model for the dataset's card, such as "stable-diffusion-v1-5/stable-diffusion-v1-5"; that of its
+    directory if not given."""
     overwrite: bool = False
-    """Throw away what the output directory holds and start again."""
+    """Throw away what another run left in the output directory, and start again."""
 
     def check(self) -> None:
         """UserError naming the first option that is out of range."""
+        if not self.out.strip():
+            raise UserError("--out must name a directory for the dataset, not be empty")
         smallest = {
             "per-class": self.per_class,
             "shard-size": self.shard_size,
@@ -92,6 +98,7 @@ class SynthConfig:
         self._check_executor()
 
     def _check_executor(self) -> None:
+        check_device(self.device)
         if (self.executor == "static") != (self.part is not None):
             raise UserError("--executor static and --part go together: --executor static --part 3/16")
         if self.part is not None:
@@ -102,8 +109,10 @@ class SynthConfig:
             )
         if self.ray_address is not None and self.executor != "ray":
             raise UserError("--ray-address needs --executor ray")
-        if self.encoder == "nvjpeg" and (self.format != "jpg" or not self.device.startswith("cuda")):
-            raise UserError("--encoder nvjpeg needs --device cuda and --format jpg")
+        if self.encoder == "nvjpeg" and (
+            self.format != "jpg" or not self.resolved_device().startswith("cuda")
+        ):
+            raise UserError("--encoder nvjpeg needs an engine on a GPU (--device cuda) and --format jpg")
 
     def static_part(self) -> tuple[int, int]:
         """(index from 0, number of parts) of --part."""
@@ -114,17 +123,27 @@ class SynthConfig:
             )
         return int(match[1]) - 1, int(match[2])
 
+    def resolved_device(self) -> str:
+        """`device`, in which `synthesise` notes the engine's own where none is given; "cpu" without an engine."""
+        return self.device or "cpu"
+
     def resolved_encoder(self) -> str:
         """The encoder that "auto" stands for."""
         if self.format == "png":
             return "cpu"
         if self.encoder == "auto":
-            return "nvjpeg" if self.device.startswith("cuda") else "cpu"
+            return "nvjpeg" if self.resolved_device().startswith("cuda") else "cpu"
         return self.encoder
 
     def worker_threads(self, workers: int) -> int:
         """Compute threads of each of `workers` processes on this machine."""
         return max(1, len(os.sched_getaffinity(0)) // workers)
+
+
+def check_device(device: str | None) -> None:
+    """UserError for the name of no device that an engine runs on."""
+    if device is not None and not _DEVICE.fullmatch(device):
+        raise UserError(f'--device must be "cpu", "cuda" or one GPU, such as "cuda:1", not {device!r}')
 
 
 def _within(name: str, value: float | None, low: float, high: float) -> None:

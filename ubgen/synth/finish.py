@@ -12,7 +12,7 @@ from ubgen.dataset.pictures import write_pictures
 from ubgen.dataset.stats import dataset_stats
 from ubgen.manifest import read_manifest
 from ubgen.synth.config import SynthConfig
-from ubgen.synth.plan import LEDGER, Plan
+from ubgen.synth.plan import LEDGER, Plan, exhausted_files
 
 
 def describe(
@@ -25,6 +25,8 @@ def describe(
         for shard in dataset.shards:
             for line in shard.rejected():
                 file.write(json.dumps(line, sort_keys=True).encode() + b"\n")
+    for name in exhausted_files(store.names()):  # of images that could be made after all
+        store.delete(name)
     write_pictures(dataset, store, throughput, stats)
     facts = CardFacts(
         title=f"{Path(config.classes).stem}, synthetic ({config.per_class} per class)",
@@ -39,7 +41,7 @@ def describe(
         engine_key=engine_key,
         licence=config.licence,
         stats=stats,
-        **_origin(config),
+        **origin(config),
     )
     write_card(store, facts)
     write_croissant(store, facts)
@@ -51,8 +53,11 @@ def _prompt(config: SynthConfig) -> str:
     return f"{text}; some classes have their own, see classes.json" if config.prompts else text
 
 
-def _origin(config: SynthConfig) -> dict[str, str]:
-    """Base model and LoRA as the engine's manifest names them."""
+def origin(config: SynthConfig) -> dict[str, str]:
+    """Base model, as --base-model or the engine's manifest names it, and LoRA."""
     inputs = read_manifest(config.engine, "export").get("inputs", {})
     model, lora = inputs.get("stable_diffusion", {}), inputs.get("lora", {})
-    return {"base_model": Path(model.get("path", "")).name, "lora_hash": lora.get("hash", "")}
+    return {
+        "base_model": config.base_model or Path(model.get("path", "")).name,
+        "lora_hash": lora.get("hash", ""),
+    }

@@ -13,7 +13,7 @@ from ubgen.classes import ClassList
 from ubgen.config import require_directory
 from ubgen.diffusion import initial_noise, sample_guided
 from ubgen.errors import UserError
-from ubgen.runtime import EngineSet, Network, run_rows
+from ubgen.runtime import Dim, EngineSet, Network, run_rows
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.plan import Item
 from ubgen.synth.selection import BROKEN, Made
@@ -65,7 +65,7 @@ class Generator:
         self._config = config
         self._scheduler = _scheduler(engines.path)
         self.latent_shape = _row_shape(engines["unet"], "latents")
-        self.batch = _batch(config, engines["unet"])
+        self.batch = images_at_a_time(config, engines["unet"].signature.batch)
         self._prompts = self._encode_prompts(prompts or classes.names)
         self._uncond = self._encode_prompts([""])
         self._texts = self._encode_texts(classes.names)
@@ -176,9 +176,8 @@ def _row_shape(network: Network, name: str) -> tuple[int, ...]:
     return tuple(int(size) for size in spec.shape[1:])  # type: ignore[arg-type]
 
 
-def _batch(config: SynthConfig, unet: Network) -> int:
-    """Images at a time."""
-    rows = unet.signature.batch
+def images_at_a_time(config: SynthConfig, rows: Dim) -> int:
+    """What --batch means for a UNet that takes so many `rows`; UserError where it does not take that many."""
     if config.batch == "best":
         return rows.best
     if not rows.min <= config.batch <= rows.max:

@@ -1,7 +1,8 @@
 """What a run will make: fixed at its start, kept in run.json, compared when it is continued."""
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from ubgen.synth.config import SynthConfig
 PLAN = "run.json"
 LEDGER = "rejections.jsonl"
 _OWN_FILES = (
-    *(PLAN, LEDGER, "classes.json", "README.md", "croissant.json", "samples.csv"),
+    *(LEDGER, "classes.json", "README.md", "croissant.json", "samples.csv"),
     *("contact-sheet.png", "scores.png", "throughput.png"),
 )
+_EXHAUSTED = re.compile(r"exhausted-\d{9,}\.jsonl")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,16 @@ class Item:
     class_index: int
     image_index: int
     attempt: int = 0
+
+
+def identity_of(seed: int, item: Item) -> dict[str, int]:
+    """All that an image's noise depends on."""
+    return {
+        "seed": seed,
+        "class_index": item.class_index,
+        "image_index": item.image_index,
+        "attempt": item.attempt,
+    }
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,15 @@ class Plan:
         """Shards that are not there yet, or not with the number of samples that they should have."""
         there = finished_shards(store)
         return [i for i in range(self.shards) if i not in there or there[i].count != self.shard_length(i)]
+
+
+def exhausted_file(item: Item) -> str:
+    """Ledger of the image that ended a run. Each has its own, as parts of a run may end at the same time."""
+    return f"exhausted-{item.position:09d}.jsonl"
+
+
+def exhausted_files(names: Iterable[str]) -> list[str]:
+    return [name for name in names if _EXHAUSTED.fullmatch(name)]
 
 
 def class_prompts(classes: ClassList, template: str, overrides: Path | None) -> tuple[str, ...]:
@@ -123,38 +144,54 @@ def identity(config: SynthConfig, plan: Plan, engine_key: str) -> dict[str, Any]
     }
 
 
-def start_or_resume(store: Store, this_run: Mapping[str, Any], overwrite: bool) -> None:
-    """Write run.json, or check that the run in `store` is this one; `overwrite` empties `store` of ours first.
+def read_record(store: Store) -> dict[str, Any] | None:
+    """The run.json of the run that `store` holds; None for an empty directory, UserError where it holds something else.
 
-    UserError naming what differs from the run that `store` holds.
+    Files whose names begin with a dot do not count.
     """
-    if overwrite:
-        _clear(store)
-    names = store.names()
-    if PLAN not in names:
-        if stray := next(iter(sorted(shard_files(names))), None):
-            raise UserError(
-                f"{store} holds {stray} of an unknown run; choose another --out, or pass --overwrite"
-            )
-        store.write(PLAN, json.dumps(this_run, indent=1) + "\n")
-        return
+    others = store.entries()  # before run.json is looked for: parts that begin together write that first
+    if store.size(PLAN) is None:
+        if others:
+            raise UserError(f"{store} holds something else ({others[0]}); choose an empty --out")
+        return None
     try:
-        that_run = json.loads(store.read(PLAN))
+        record = json.loads(store.read(PLAN))
     except ValueError:
-        raise UserError(
-            f"{store}: {PLAN} is not valid JSON; choose another --out, or pass --overwrite"
-        ) from None
-    if difference := _difference(that_run, this_run):
-        raise UserError(
-            f"{store} holds a run with another {difference}; use the same, choose another --out, or pass --overwrite"
-        )
+        record = None
+    if not isinstance(record, dict) or "engine key" not in record:
+        raise UserError(f"{store}: {PLAN} is not that of a ubgen-synth run; choose another --out")
+    return record
+
+
+def start_or_resume(store: Store, this_run: Mapping[str, Any], overwrite: bool, alone: bool = True) -> None:
+    """Write run.json, or check that the run in `store` is this one; `overwrite` takes another one away first.
+
+    So does the absence of shards, unless others may be about to write some (not `alone`): of a run that made nothing
+    there is nothing to keep. UserError naming what differs from the run that `store` holds.
+    """
+    that_run = read_record(store)
+    if that_run is not None and not overwrite:
+        difference = _difference(that_run, this_run)
+        if not difference:
+            return
+        if not alone or shard_files(store.names()):
+            raise UserError(
+                f"{store} holds a run with another {difference}; use the same, choose another --out, or pass "
+                "--overwrite"
+            )
+    if that_run is not None:
+        _clear(store)
+    store.write(PLAN, json.dumps(this_run, indent=1) + "\n")
 
 
 def _clear(store: Store) -> None:
-    """The marks of what is whole go first: whatever happens meanwhile, no half dataset looks like a whole one."""
+    """All of a run but run.json, which is replaced: whatever happens meanwhile, the directory is seen to be ours.
+
+    The marks of what is whole go first, so that no half dataset looks like a whole one.
+    """
     names = set(store.names())
     shards = sorted(shard_files(names), key=lambda name: not name.endswith(".json"))
-    for name in [MANIFEST, *shards, *account_files(names), *_OWN_FILES]:
+    for name in [MANIFEST, *shards, *account_files(names), *exhausted_files(names), *_OWN_FILES]:
         if name in names:
             store.delete(name)
 

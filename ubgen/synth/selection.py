@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ubgen.errors import UserError
 from ubgen.synth.config import SynthConfig
-from ubgen.synth.plan import Item
+from ubgen.synth.plan import Item, identity_of
 
 BROKEN = ("not finite", "constant")
 """Reasons for which an image is never kept."""
@@ -36,6 +36,15 @@ class Chosen:
     rejected: tuple[dict[str, Any], ...]
 
 
+class Exhausted(UserError):
+    """No attempt at the image of `item` can be kept; `rejected` are its ledger lines."""
+
+    def __init__(self, message: str, item: Item, rejected: tuple[dict[str, Any], ...]) -> None:
+        super().__init__(message)
+        self.item = item
+        self.rejected = rejected
+
+
 @dataclass
 class _Pending:
     """What is known of an image that was rejected so far: its attempts, and the best of them."""
@@ -54,7 +63,7 @@ class Selection:
     def judge(self, made: Iterable[tuple[Item, Made]]) -> tuple[list[Chosen], list[Item]]:
         """The images that are decided, and the items to be drawn again.
 
-        UserError for an image that is exhausted, where that fails the run or every attempt was broken.
+        `Exhausted` for an image of which no attempt is good enough, where that fails the run or all were broken.
         """
         chosen, again = list[Chosen](), list[Item]()
         for item, result in made:
@@ -88,7 +97,7 @@ class Selection:
         else:
             best = pending.best
         rejected = pending.rejected if pending else []
-        rejected.append(_ledger_line(item, made, reason))
+        rejected.append(_ledger_line(self._config.seed, item, made, reason))
         self._pending[item.position] = pending = _Pending(best, rejected)
         return pending
 
@@ -102,10 +111,12 @@ class Selection:
     def _exhausted(self, item: Item, pending: _Pending) -> Chosen:
         kept, made, reason = pending.best
         if self._config.exhausted == "fail" or reason in BROKEN:
-            raise UserError(
+            raise Exhausted(
                 f"class {item.class_index}, image {item.image_index}: none of {self._config.attempts} attempts is good "
                 f"enough (the best: {_describe(made, reason)}); lower the threshold, raise --attempts, or look at the "
-                "class's prompt"
+                "class's prompt",
+                item,
+                tuple(pending.rejected),
             )
         del self._pending[item.position]
         rejected = tuple(line for line in pending.rejected if line["attempt"] != kept.attempt)
@@ -126,11 +137,9 @@ def _describe(made: Made, reason: str) -> str:
     return f"CLIP similarity {made.clip_similarity:.3f}, Q-Align score {made.quality:.2f}"
 
 
-def _ledger_line(item: Item, made: Made, reason: str) -> dict[str, Any]:
+def _ledger_line(seed: int, item: Item, made: Made, reason: str) -> dict[str, Any]:
     return {
-        "class_index": item.class_index,
-        "image_index": item.image_index,
-        "attempt": item.attempt,
+        **identity_of(seed, item),
         "reason": reason,
         "clip_similarity": _finite(made.clip_similarity),
         "quality": _finite(made.quality),

@@ -3,8 +3,8 @@
 import random
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,18 @@ from ubgen.dataset import Store, open_store, write_classes
 from ubgen.errors import UserError
 from ubgen.manifest import MANIFEST, StageDirectory, read_manifest, stage_directory
 from ubgen.synth.accounts import Account, History, Record, account_files, leave, left, together
+from ubgen.synth.checks import check_fits, own_device
 from ubgen.synth.config import SynthConfig
-from ubgen.synth.executors.job import Events, Job, MakeChain, open_engine
+from ubgen.synth.executors.job import Events, Job, MakeChain, devices, open_engine
 from ubgen.synth.executors.local import run_local
-from ubgen.synth.executors.ray_cluster import run_ray
+from ubgen.synth.executors.ray_cluster import cluster, run_ray
 from ubgen.synth.executors.static import part_of, run_static
-from ubgen.synth.finish import describe
-from ubgen.synth.plan import Plan, class_prompts, identity, start_or_resume
+from ubgen.synth.finish import describe, origin
+from ubgen.synth.plan import Plan, class_prompts, identity, read_record, start_or_resume
 
 _RUN = {"local": run_local, "static": run_static, "ray": run_ray}
+_OPEN: dict[str, Callable[[SynthConfig], AbstractContextManager[object]]]
+_OPEN = {"local": nullcontext, "static": nullcontext, "ray": cluster}
 Directory = Callable[..., AbstractContextManager[StageDirectory]]
 _FINISH_WITHIN = 30.0  # seconds in which parts that end at the same moment settle who finishes the dataset
 
@@ -65,22 +68,33 @@ def synthesise(
     `chain` opens the networks in each worker; a benchmark gives others than the engine's. UserError for a wrong input,
     an output directory in use, finished, or holding another run.
     """
-    config.check()
-    watch = watch or Watch()
-    classes = load_classes(config.classes)
-    prompts = class_prompts(classes, config.prompt, config.prompts)
-    plan = Plan(classes, prompts, config.per_class, config.shard_size, config.format)
-    key = read_manifest(config.engine, "export")["engine"]["key"]
+    job, key = _checked(config, chain)
+    config, plan = job.config, job.plan
     static = config.executor == "static"
     directory = partial(stage_directory, config.out, "synth", to_dict(config), overwrite=config.overwrite)
-    with directory(shared=static) as stage:
-        store = open_store(config.out)
-        start_or_resume(store, identity(config, plan, key), config.overwrite)
-        write_classes(store, classes.ids, classes.names, prompts)
-        session = _make_missing(Job(config, plan, chain), store, watch)
+    with _OPEN[config.executor](config), directory(shared=static) as stage:
+        start_or_resume(stage.store, identity(config, plan, key), config.overwrite, alone=not static)
+        write_classes(stage.store, plan.classes.ids, plan.classes.names, plan.prompts)
+        session = _make_missing(job, stage.store, watch or Watch())
         if not static:
             return session.finish(stage, key)
     return _finish_static(session, directory, key)
+
+
+def _checked(config: SynthConfig, chain: MakeChain) -> tuple[Job, str]:
+    """What is to be made, and the engine's key. All that can be wrong is found here, before a file is touched."""
+    engine = read_manifest(config.engine, "export")
+    config = replace(config, device=config.device or own_device(engine))
+    config.check()
+    classes = load_classes(config.classes)
+    prompts = class_prompts(classes, config.prompt, config.prompts)
+    plan = Plan(classes, prompts, config.per_class, config.shard_size, config.format)
+    read_record(open_store(config.out))
+    if config.executor != "ray":
+        devices(config)
+    if chain is open_engine:
+        check_fits(config, engine)
+    return Job(config, plan, chain), engine["engine"]["key"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,7 @@ class _Session:
             dataset={"images": plan.images, "shards": plan.shards, "classes": len(plan.classes)},
             stats=facts,
             speed=whole.speed(),
+            **origin(config),
             same_bits=whole.account.same_bits,
         )
         for name in files:
@@ -130,8 +145,8 @@ def _make_missing(job: Job, store: Store, watch: Watch) -> _Session:
         return _Session(job, store, history.end(Account()))
 
     def progress(images: int, shares: dict[str, float]) -> None:
-        history.add(images)
         watch.bottlenecks(shares)
+        history.add(images)
 
     events = Events(lambda shard: None, progress, watch.say)
     record = history.end(_RUN[job.config.executor](job, todo, events))

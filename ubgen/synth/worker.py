@@ -1,8 +1,9 @@
 """One worker: an engine on one device, and the stages from noise to shards, all busy at the same time."""
 
+import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ubgen.dataset import Store
+from ubgen.errors import UserError
 from ubgen.synth.accounts import Account, shares_of
 from ubgen.synth.assembly import Assembly
 from ubgen.synth.config import SynthConfig
@@ -18,8 +20,8 @@ from ubgen.synth.encode import encoder
 from ubgen.synth.feed import Feed
 from ubgen.synth.generator import Scored
 from ubgen.synth.pipeline import Pipeline, Stage, Stopped
-from ubgen.synth.plan import Item, Plan
-from ubgen.synth.selection import Chosen, Selection
+from ubgen.synth.plan import Item, Plan, exhausted_file
+from ubgen.synth.selection import Chosen, Exhausted, Made, Selection
 
 TICK = 0.1
 """Seconds between two looks at which stage the others wait for."""
@@ -70,7 +72,7 @@ def work(chain: Chain, plan: Plan, config: SynthConfig, store: Store, links: Lin
         same_bits = chain.same_bits()
     start = time.perf_counter()
     with Assembly(store, plan, config.seed, links.finished) as assembly:
-        stages = _Stages(chain, config, feed, assembly, links)
+        stages = _Stages(chain, config, feed, assembly, store, links)
         with Pipeline(stages.build()) as pipeline, _ticking(pipeline):
             stages.pipeline = pipeline
             try:
@@ -90,12 +92,13 @@ class _Stages:
     pipeline: Pipeline
 
     def __init__(
-        self, chain: Chain, config: SynthConfig, feed: Feed, assembly: Assembly, links: Links
+        self, chain: Chain, config: SynthConfig, feed: Feed, assembly: Assembly, store: Store, links: Links
     ) -> None:
         self.images = 0
         self._chain = chain
         self._feed = feed
         self._assembly = assembly
+        self._store = store
         self._links = links
         self._selection = Selection(config)
         self._encode = encoder(config)
@@ -165,13 +168,21 @@ class _Stages:
 
     def _select(self, batch: _Batch) -> list[Chosen]:
         assert batch.scored is not None
-        chosen, again = self._selection.judge(
-            zip(batch.items, batch.scored.rows(len(batch.items)), strict=True)
-        )
+        chosen, again = self._judge(zip(batch.items, batch.scored.rows(len(batch.items)), strict=True))
         self._feed.decided(len(batch.items), again)
         self.images += len(chosen)
         self._links.progress(len(chosen), shares_of(_times(self.pipeline, 1.0)[1]))
         return chosen
+
+    def _judge(self, made: Iterable[tuple[Item, Made]]) -> tuple[list[Chosen], list[Item]]:
+        """An image that ends the run leaves its draws in a file of its own: its shard, which would hold them, is not
+        finished. All other draws come again when the run is continued."""
+        try:
+            return self._selection.judge(made)
+        except Exhausted as error:
+            name, store = exhausted_file(error.item), self._store
+            store.write(name, "".join(json.dumps(line, sort_keys=True) + "\n" for line in error.rejected))
+            raise UserError(f"{error} ({store.address(name)} lists its draws)") from None
 
 
 def _to_host(scored: Scored) -> Scored:

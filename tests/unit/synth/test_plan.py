@@ -10,7 +10,7 @@ from ubgen.classes import ClassList
 from ubgen.dataset import ShardWriter, open_store
 from ubgen.errors import UserError
 from ubgen.synth.config import SynthConfig
-from ubgen.synth.plan import Plan, class_prompts, identity, start_or_resume
+from ubgen.synth.plan import Plan, class_prompts, exhausted_file, identity, read_record, start_or_resume
 
 CLASSES = ClassList(("a", "b", "c"), ("ant", "bee\u202e", "crane/crow"))
 CONFIG = SynthConfig(Path("engine"), "list.txt", per_class=3, out="out", shard_size=4)
@@ -51,7 +51,13 @@ def test_unfinished_shards_are_found(tmp_path: Path) -> None:
 def test_the_same_run_continues_whoever_makes_it(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     start_or_resume(store, run(), overwrite=False)
-    for other in ({"batch": 2}, {"workers": 7}, {"executor": "static", "part": "1/2"}, {"licence": "x"}):
+    for other in (
+        {"batch": 2},
+        {"workers": 7},
+        {"executor": "static", "part": "1/2"},
+        {"licence": "x"},
+        {"base_model": "x/y"},
+    ):
         start_or_resume(store, run(dataclasses.replace(CONFIG, **other)), overwrite=False)  # type: ignore[arg-type]
 
 
@@ -79,9 +85,24 @@ def test_a_different_run_is_refused_and_named(
 ) -> None:
     store = open_store(tmp_path)
     start_or_resume(store, run(), overwrite=False)
+    write_shard(tmp_path, 0)
     other = run(dataclasses.replace(CONFIG, **config), classes, key)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=message):
         start_or_resume(store, other, overwrite=False)
+
+
+def test_a_run_that_made_nothing_is_replaced(tmp_path: Path) -> None:
+    """Unless it is one of several parts, which may be at work on their first shards."""
+    store = open_store(tmp_path)
+    start_or_resume(store, run(), overwrite=False)
+    store.write(exhausted_file(PLAN.item(7)), "{}\n")
+    other = run(dataclasses.replace(CONFIG, seed=1))
+    with pytest.raises(UserError, match="another --seed"):
+        start_or_resume(store, other, overwrite=False, alone=False)
+    assert read_record(store) == run()
+    start_or_resume(store, other, overwrite=False)
+    assert read_record(store) == other
+    assert store.names() == ["run.json"]
 
 
 def test_overwriting_removes_ours_and_nothing_else(tmp_path: Path) -> None:
@@ -90,17 +111,25 @@ def test_overwriting_removes_ours_and_nothing_else(tmp_path: Path) -> None:
     write_shard(tmp_path, 0)
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     (tmp_path / "shard-notes.json").write_text("mine", encoding="utf-8")
+    (tmp_path / "exhausted-000000007.jsonl").write_text("{}", encoding="utf-8")
     start_or_resume(store, run(key="other"), overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "run.json", "shard-notes.json"]
 
 
-def test_shards_of_an_unknown_run_are_left_alone(tmp_path: Path) -> None:
-    write_shard(tmp_path, 0)
-    with pytest.raises(UserError, match=r"shard-000000\.\w+ of an unknown run"):
-        start_or_resume(open_store(tmp_path), run(), overwrite=False)
-    (tmp_path / "run.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"run\.json is not valid JSON"):
-        start_or_resume(open_store(tmp_path), run(), overwrite=False)
+@pytest.mark.parametrize("name", ["README.md", "shard-000000.tar", "a-directory/", "manifest.json"])
+def test_what_no_run_of_ours_left_is_refused(tmp_path: Path, name: str) -> None:
+    """Also by overwriting: a directory is ours by its run.json alone."""
+    path = tmp_path / name
+    path.mkdir() if name.endswith("/") else path.write_text("theirs", encoding="utf-8")
+    (tmp_path / ".lock").touch()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=rf"holds something else \({path.name}\); choose an empty --out"):
+            start_or_resume(open_store(tmp_path), run(), overwrite)
+    for text in ("{", "[]", '{"wandb": 1}', "\xff"):
+        (tmp_path / "run.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError, match=r"run\.json is not that of a ubgen-synth run"):
+            start_or_resume(open_store(tmp_path), run(), overwrite=True)
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, ".lock", "run.json"}
 
 
 def test_prompts_are_names_templates_or_overrides(tmp_path: Path) -> None:
@@ -153,7 +182,15 @@ def test_wrong_overrides_are_named(tmp_path: Path, text: bytes, message: str) ->
         ({"executor": "static", "part": "3/2"}, "--part"),
         ({"executor": "static", "part": "1/2", "overwrite": True}, "--overwrite does not go with"),
         ({"ray_address": "auto"}, "--ray-address needs --executor ray"),
-        ({"encoder": "nvjpeg"}, "--encoder nvjpeg needs --device cuda"),
+        (
+            {"encoder": "nvjpeg", "device": "cpu"},
+            r"--encoder nvjpeg needs an engine on a GPU \(--device cuda",
+        ),
+        ({"encoder": "nvjpeg", "device": "cuda", "format": "png"}, "and --format jpg"),
+        ({"device": "cuda:x"}, '--device must be "cpu", "cuda" or one GPU, such as "cuda:1", not \'cuda:x\''),
+        ({"device": "gpu"}, "--device must be"),
+        ({"out": ""}, "--out must name a directory"),
+        ({"out": " "}, "--out must name a directory"),
     ],
 )
 def test_settings_out_of_range(change: dict[str, object], message: str) -> None:

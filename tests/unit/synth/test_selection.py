@@ -10,7 +10,7 @@ import torch
 from ubgen.errors import UserError
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.plan import Item
-from ubgen.synth.selection import Chosen, Made, Selection
+from ubgen.synth.selection import Chosen, Exhausted, Made, Selection
 
 FIRST = Item(7, class_index=2, image_index=1)
 
@@ -45,11 +45,11 @@ def test_a_good_image_is_taken_as_it_is() -> None:
 
 
 def test_a_bad_one_is_drawn_again_and_entered_in_the_ledger() -> None:
-    chosen, asked = draw(Selection(config()), made(similarity=0.25), made(quality=2.5), made())
+    chosen, asked = draw(Selection(config(seed=5)), made(similarity=0.25), made(quality=2.5), made())
     assert asked == [1, 2]
     assert chosen is not None
     assert (chosen.item.attempt, chosen.flag) == (2, None)
-    about = {"class_index": 2, "image_index": 1}
+    about = {"seed": 5, "class_index": 2, "image_index": 1}
     assert chosen.rejected == (
         {**about, "attempt": 0, "reason": "similarity", "clip_similarity": 0.25, "quality": 4.0},
         {**about, "attempt": 1, "reason": "quality", "clip_similarity": 0.5, "quality": 2.5},
@@ -94,9 +94,14 @@ def test_a_broken_attempt_is_worse_than_any_other() -> None:
 
 
 def test_or_the_run_fails() -> None:
+    """With its draws, which no shard will hold."""
     bad = made(similarity=0.1)
-    with pytest.raises(UserError, match=r"the best: CLIP similarity 0\.100, Q-Align score 4\.00"):
+    with pytest.raises(Exhausted, match=r"the best: CLIP similarity 0\.100, Q-Align score 4\.00") as failed:
         draw(Selection(config(exhausted="fail")), bad, bad, bad)
+    assert failed.value.item.position == FIRST.position
+    assert [(line["attempt"], line["reason"]) for line in failed.value.rejected] == [
+        (i, "similarity") for i in range(3)
+    ]
 
 
 def test_one_attempt_means_that_all_are_kept() -> None:

@@ -55,13 +55,16 @@ class Events:
 
 def devices(config: SynthConfig) -> list[str]:
     """One entry for each worker on this machine; UserError when a device is not there."""
-    kind, _, number = config.device.partition(":")
+    device = config.resolved_device()
+    kind, _, number = device.partition(":")
     if kind != "cuda":
-        return [config.device] * (1 if config.workers == "auto" else config.workers)
+        return [device] * (1 if config.workers == "auto" else config.workers)
     available = torch.cuda.device_count()
     if not available:
-        raise UserError(f"--device {config.device}: this machine has no CUDA device; see ubgen-doctor")
-    gpus = [config.device] if number else [f"cuda:{i}" for i in range(available)]
+        raise UserError(f"--device {device}: this machine has no CUDA device; see ubgen-doctor")
+    if int(number or 0) >= available:
+        raise UserError(f"--device {device}: this machine has cuda:0 to cuda:{available - 1}")
+    gpus = [device] if number else [f"cuda:{i}" for i in range(available)]
     if config.workers == "auto":
         return gpus
     return [gpus[i % len(gpus)] for i in range(config.workers)]

@@ -1,7 +1,10 @@
 """Workers on a Ray cluster: one for each GPU, coming and going as the cluster grows and shrinks."""
 
+import re
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from ubgen.dataset import open_store
 from ubgen.errors import UserError
 from ubgen.probes import require_ray
 from ubgen.synth.accounts import Account
+from ubgen.synth.config import SynthConfig
 from ubgen.synth.executors.job import Events, Job
 from ubgen.synth.executors.local import DEATHS, picklable
 from ubgen.synth.leases import Leases
@@ -18,6 +22,8 @@ from ubgen.synth.worker import Links, work
 _POLL = 0.5
 _LOOK_AROUND = 5.0  # seconds between two looks at what the cluster has
 _PATIENCE = 60.0  # seconds in which the desk must answer
+_ANSWER = 5.0  # seconds in which a cluster's machine must
+_HOST_PORT = re.compile(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d+)")
 
 
 class Desk:
@@ -74,24 +80,47 @@ class Worker:
             return "error", picklable(error)
 
 
-def run_ray(job: Job, shards: Sequence[int], events: Events) -> Account:
-    """Make `shards` on the cluster of `--ray-address`, or on one that is started here for the length of the run.
+@contextmanager
+def cluster(config: SynthConfig) -> Iterator[None]:
+    """The cluster of --ray-address, or one that is started here, while the block runs or until `run_ray` has ended.
 
-    The shards of a worker that dies are begun again by others. Workers write to `--out` themselves, so every node must
-    see it: a network file system or object storage. UserError when the cluster cannot be reached or goes away.
+    UserError when it cannot be reached.
     """
-    ray = require_ray()
+    ray, address = require_ray(), config.ray_address
+    _probe(address)
     try:
-        ray.init(
-            address=job.config.ray_address or "local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        ray.init(address or "local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"no Ray cluster at {job.config.ray_address or 'this machine'}: {str(error).splitlines()[0]}"
+            f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}"
         ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _probe(address: str | None) -> None:
+    """Whether anything listens at HOST:PORT: Ray itself would try for minutes, and then end the process."""
+    match = _HOST_PORT.fullmatch(address or "")
+    if match is None:
+        return
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=_ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"--ray-address {address}: nothing answers there ({error}); give the address that `ray start` printed, "
+            "or leave it out to start a cluster on this machine"
+        ) from error
+
+
+def run_ray(job: Job, shards: Sequence[int], events: Events) -> Account:
+    """Make `shards` on the cluster that is open, and leave it.
+
+    The shards of a worker that dies are begun again by others. Workers write to `--out` themselves, so every node must
+    see it: a network file system or object storage. UserError when the cluster goes away.
+    """
+    ray = require_ray()
     try:
         return _Cluster(ray, job, shards, events).run()
     except (ray.exceptions.RaySystemError, ray.exceptions.GetTimeoutError, ConnectionError) as error:
@@ -103,7 +132,7 @@ def run_ray(job: Job, shards: Sequence[int], events: Events) -> Account:
             "the node that hands out shards is gone; what is finished is kept. Run the same command again to continue"
         ) from error
     finally:
-        ray.shutdown()
+        ray.shutdown()  # what follows needs no workers, and must not fail with them
 
 
 class _Cluster:
@@ -111,7 +140,7 @@ class _Cluster:
         self._ray = ray
         self._job = replace(job, config=_everywhere(job.config))
         self._events = events
-        self._gpu = job.config.device.startswith("cuda")
+        self._gpu = job.config.resolved_device().startswith("cuda")
         self._desk = ray.remote(num_cpus=0)(Desk).remote(list(shards))
         self._alive: dict[Any, tuple[str, Any]] = {}
         self._account = Account()
@@ -154,7 +183,7 @@ class _Cluster:
         else:
             total = int(self._ray.cluster_resources().get("CPU", 1))
             threads = max(1, total // max(1, self._wanted))
-            device, needs = self._job.config.device, {"num_cpus": threads}
+            device, needs = self._job.config.resolved_device(), {"num_cpus": threads}
         actor = self._ray.remote(max_restarts=0, scheduling_strategy="SPREAD", **needs)(Worker)
         worker = actor.remote(self._job, name, self._desk, device, threads)
         self._alive[worker.run.remote()] = name, worker  # the handle keeps the actor alive
