@@ -1,5 +1,63 @@
-"""The one exception that is meant for the user."""
+"""The one exception that is meant for the user, and how every program of ours ends: one clear line, a status."""
+
+import errno
+import sys
+from collections.abc import Callable
+
+_USER_ERROR = 2
+_INTERRUPTED = 130
 
 
 class UserError(Exception):
     """A wrong input. The message is one line that names the file or option and says what would be right."""
+
+
+def run(main: Callable[[], object], *, resumes: bool = True) -> None:
+    """Call `main`; a wrong input, a failing disk or Ctrl-C ends the process with one line instead of a traceback.
+
+    Exit status 2 for a UserError or an operating-system error (full disk, no permission), 130 when interrupted.
+    Anything else is a bug in ubgen and keeps its traceback. `resumes`: the same command, run again, goes on where
+    this one stopped, and the line says so.
+    """
+    again = _again() if resumes else ""
+    try:
+        main()
+    except UserError as error:
+        _stop(str(error), _USER_ERROR)
+    except KeyboardInterrupt:
+        _stop(f"interrupted{again and f'; {again}'}", _INTERRUPTED)
+    except BrokenPipeError:
+        raise SystemExit(_USER_ERROR) from None  # the reader of our output left; there is nobody to tell
+    except OSError as error:
+        _stop(_describe(error, again), _USER_ERROR)
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        _stop(_full_disk("", again), _USER_ERROR)
+
+
+def _again() -> str:
+    """With --overwrite the same command would start over."""
+    change = " without --overwrite" if "--overwrite" in sys.argv else ""
+    return f"run the same command again{change} to continue"
+
+
+def _stop(message: str, status: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _describe(error: OSError, again: str) -> str:
+    if error.errno == errno.ENOSPC:
+        return _full_disk(f" ({error.filename})" if error.filename else "", again)
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
+def _full_disk(where: str, again: str) -> str:
+    return f"the disk is full{where}; free some space{again and f' and {again}'}"
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """safetensors and torch.save report a failed write as errors of their own, told apart by the text alone."""
+    signs = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing file")
+    return any(sign in str(error) for sign in signs)

@@ -125,7 +125,8 @@ def main() -> None:
     run(
         lambda: tyro.extras.subcommand_cli_from_dict(
             {"engine": engine, "synth": synth}, prog="ubgen-bench", description=about
-        )
+        ),
+        resumes=False,
     )
 
 

@@ -36,7 +36,7 @@ def _table(probes: list[Probe]) -> Table:
 
 def main() -> None:
     """Entry point of the `ubgen-doctor` command."""
-    run(lambda: tyro.cli(doctor))
+    run(lambda: tyro.cli(doctor, prog="ubgen-doctor"), resumes=False)
 
 
 if __name__ == "__main__":

@@ -125,3 +125,7 @@ def _chain_lines(exported: Exported) -> Iterator[str]:
 
 def main() -> None:
     run(lambda: tyro.cli(export, prog="ubgen-export"))
+
+
+if __name__ == "__main__":
+    main()

@@ -56,6 +56,7 @@ def stage(console: Console, out: Path, command: list[str]) -> None:
 
 
 def quickstart(given: Arguments) -> None:
+    _check(given)
     console, start = Console(), time.monotonic()
     full = load_recipe("miniature", TrainConfig).max_updates
     console.print(
@@ -94,6 +95,13 @@ def quickstart(given: Arguments) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _check(given: Arguments) -> None:
+    """Before the minutes of training, not after them."""
+    for option, value in (("--updates", given.updates), ("--per-class", given.per_class)):
+        if value < 1:
+            raise UserError(f"{option} must be at least 1, not {value}")
 
 
 def main() -> None:

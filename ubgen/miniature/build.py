@@ -19,6 +19,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
+from ubgen.config import to_dict
+from ubgen.errors import UserError, run
 from ubgen.miniature import card, networks
 from ubgen.miniature.train_generator import Budget, train_denoiser, train_vae
 from ubgen.miniature.train_scorers import train_clip, train_oracle, train_qalign
@@ -40,7 +42,24 @@ class BuildConfig:
     """Steps and images per network."""
 
 
+def check(config: BuildConfig) -> None:
+    """UserError for what would fail only after an hour of training, or for a directory of somebody else as `out`."""
+    counts = {"processes": config.processes, **{f"budget.{k}": v for k, v in to_dict(config.budget).items()}}
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    out, work = config.out.resolve(), config.work.resolve()
+    if out.is_relative_to(work) or work.is_relative_to(out):
+        raise UserError(
+            f"--out: {config.out} and --work ({config.work}) overlap; choose separate directories"
+        )
+    if out.is_dir() and any(out.iterdir()) and not (out / "oracle" / "model.safetensors").is_file():
+        raise UserError(f"--out: {config.out} holds something else than a miniature family; choose another")
+    config.out.mkdir(parents=True, exist_ok=True)
+
+
 def build(config: BuildConfig) -> None:
+    check(config)
     config.work.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     # a process for each network: two of one thread finish sooner than one of two threads
@@ -50,7 +69,12 @@ def build(config: BuildConfig) -> None:
         second = [pool.submit(train, name, config) for name in ("denoiser", "oracle")]
         for network in (*first, *second):
             network.result()
-    assemble(config.work, config.out)
+    whole = (
+        config.work / "assembled"
+    )  # moved when it is: no kill leaves half a family, which `check` would not know
+    assemble(config.work, whole)
+    shutil.rmtree(config.out)
+    shutil.move(whole, config.out)
     card.write(config.out, seconds={name: _seconds(config.work, name) for name in NETWORKS})
 
 
@@ -144,4 +168,4 @@ MODEL_INDEX = {
 
 
 if __name__ == "__main__":
-    build(tyro.cli(BuildConfig, prog="python -m ubgen.miniature.build"))
+    run(lambda: build(tyro.cli(BuildConfig, prog="python -m ubgen.miniature.build")))

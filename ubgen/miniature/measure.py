@@ -33,6 +33,7 @@ from ubgen.diffusion import (
     load_stable_diffusion,
     sample,
 )
+from ubgen.errors import UserError, run
 from ubgen.miniature.networks import Oracle
 from ubgen.miniature.shapes import CLASSES
 from ubgen.miniature.world import SCENES, biased_scene
@@ -180,21 +181,35 @@ class Arguments:
     """Directory for measures.json and one contact sheet per generator."""
 
 
+def check(given: Arguments) -> None:
+    """UserError for what would fail only after minutes of sampling."""
+    for option, value in (("--per-class", given.per_class), ("--batch", given.batch)):
+        if value < 1:
+            raise UserError(f"{option} must be at least 1, not {value}")
+    if not (given.base or given.lora):
+        raise UserError("--no-base leaves nothing to measure; name a training run with --lora")
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
+
+
+def generators(given: Arguments) -> dict[str, StableDiffusion]:
+    """The base generator and each fine-tuned one, all loaded before the first samples: a wrong path shows at once."""
+    loaded = {"base": load_stable_diffusion(f"{WEIGHTS}/stable-diffusion")} if given.base else {}
+    for lora in given.lora:
+        loaded[str(lora)] = load_stable_diffusion(f"{WEIGHTS}/stable-diffusion")
+        load_lora(loaded[str(lora)].unet, resolve_path(lora))
+    return loaded
+
+
 def compare(given: Arguments) -> dict[str, Measures]:
+    check(given)
     names = load_classes("miniature").names
     judge = Judge()
     results = {}
-    for name, lora in [
-        *([("base", None)] if given.base else []),
-        *((str(path), path) for path in given.lora),
-    ]:
-        sd = load_stable_diffusion(f"{WEIGHTS}/stable-diffusion")
-        if lora is not None:
-            load_lora(sd.unet, resolve_path(lora))
+    for name, sd in generators(given).items():
         images, labels = generate(sd, names, given.per_class, given.seed, batch=given.batch)
         results[name] = judge.measure(images, labels)
         if given.out:
-            given.out.mkdir(parents=True, exist_ok=True)
             contact_sheet(images, len(names), 8).save(given.out / f"{Path(name).name}.png")
     if given.out:
         (given.out / "measures.json").write_text(
@@ -203,7 +218,7 @@ def compare(given: Arguments) -> dict[str, Measures]:
     return results
 
 
-def main() -> None:
+def show() -> None:
     given = tyro.cli(Arguments, prog="python -m ubgen.miniature.measure")
     Console().print(
         table(
@@ -214,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(show, resumes=False)

@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 
 from ubgen.config import resolve_path
+from ubgen.errors import UserError
+from ubgen.miniature import measure
 from ubgen.miniature.card import REQUIRED, spearman
-from ubgen.miniature.measure import WEIGHTS, Judge, entropy, generate, mutual_information
+from ubgen.miniature.measure import (
+    WEIGHTS,
+    Arguments,
+    Judge,
+    compare,
+    entropy,
+    generate,
+    mutual_information,
+)
 from ubgen.miniature.shapes import CLASSES
 from ubgen.miniature.world import biased_world, fair_world, render_many
 
@@ -67,3 +77,27 @@ def test_the_model_card_shows_what_was_required_of_the_family() -> None:
     missed = {name: figures[name] for name, least in REQUIRED.items() if figures[name] < least}
     assert not missed
     assert sum(f.stat().st_size for f in root.rglob("*.safetensors")) <= 16e6
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (Arguments(lora=(Path("/nope"),)), "/nope: no such LoRA file"),
+        (Arguments(per_class=0), "--per-class must be at least 1, not 0"),
+        (Arguments(batch=-1), "--batch must be at least 1, not -1"),
+        (Arguments(base=False), "--no-base leaves nothing to measure"),
+    ],
+)
+def test_a_wrong_call_fails_before_any_sampling(
+    monkeypatch: pytest.MonkeyPatch, given: Arguments, line: str
+) -> None:
+    monkeypatch.setattr(measure, "generate", lambda *_, **__: pytest.fail("it sampled"))
+    with pytest.raises(UserError, match=line):
+        compare(given)
+
+
+def test_a_place_that_cannot_be_written_shows_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(measure, "generate", lambda *_, **__: pytest.fail("it sampled"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        compare(Arguments(out=tmp_path / "file" / "out"))
