@@ -93,6 +93,24 @@ def test_convert(jpegs: Path, tmp_path: Path, run: Run) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("wrong", "start"),
+    [
+        ("verify D --workers -1", "--workers must be at least 1, not -1"),
+        ("verify D --workers 0", "--workers must be at least 1, not 0"),
+        ("diff D D --share 2", "--share must lie in 0..1, such as 0.999, not 2"),
+        ("diff D D --share nan", "--share must lie in 0..1"),
+        ("diff D D --tolerance-levels -1", "--tolerance-levels must lie in 0..255, not -1"),
+        ("diff D D --tolerance-levels 256", "--tolerance-levels must lie in 0..255"),
+    ],
+)
+def test_wrong_options_are_one_line(jpegs: Path, run: Run, wrong: str, start: str) -> None:
+    status, out, error = run(*(jpegs if word == "D" else word for word in wrong.split()))
+    assert (status, out) == (2, "")
+    (line,) = error.splitlines()
+    assert line.startswith(f"error: {start}")
+
+
 def test_wrong_inputs_are_one_line(tmp_path: Path, run: Run) -> None:
     for arguments in (
         ("verify", tmp_path / "none"),

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -152,6 +153,50 @@ def test_broken_networks_end_the_run_with_one_line(
     ):
         synthesise(settings(out), chain=lambda *_: Nan())
     assert not [p for p in out.iterdir() if "shard" in p.name]
+
+
+def test_an_image_that_ends_the_run_leaves_its_draws(
+    settings: Settings, stand_ins: ModuleType, undisturbed: Path, tmp_path: Path
+) -> None:
+    """A device that failed for a while: what it left is gone when the run is continued and finished."""
+
+    class Nan(stand_ins.FromIdentities):  # type: ignore[name-defined, misc]
+        def score(self, items: Sequence[Item], latents: torch.Tensor, pixels: torch.Tensor) -> Any:
+            scored = super().score(items, latents, pixels)
+            scored.finite[:] &= torch.tensor([item.position != 37 for item in items])
+            return scored
+
+    out = tmp_path / "out"
+    with pytest.raises(
+        UserError, match=r"class 2, image 7: none of 10 .*exhausted-000000037\.jsonl lists its draws"
+    ):
+        synthesise(settings(out), chain=lambda *_: Nan())
+    assert not (out / "manifest.json").exists()
+    (ledger,) = out.glob("exhausted-*")
+    lines = [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()]
+    place = {"seed": 0, "class_index": 2, "image_index": 7}
+    assert [line["attempt"] for line in lines] == list(range(10))
+    assert all(line | place | {"reason": "not finite"} == line for line in lines)
+    assert [p.name for p in out.glob("shard-*.json")]  # some were finished, and are kept
+    assert make(settings(out), stand_ins).made < 60
+    assert shards(out) == shards(undisturbed)
+    assert (out / "rejections.jsonl").read_bytes() == (undisturbed / "rejections.jsonl").read_bytes()
+    assert set(open_store(out).names()) == set(open_store(undisturbed).names())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what is asked for")
+def test_the_engines_own_device_is_the_default(
+    settings: Settings, stand_ins: ModuleType, undisturbed: Path, tmp_path: Path
+) -> None:
+    about = {"stage": "export", "engine": {"key": "sha256:none"}, "config": {"spec": {"device": "cuda"}}}
+    (tmp_path / "manifest.json").write_text(json.dumps({**about, "inputs": {}}), encoding="utf-8")
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="--device cuda: this machine has no CUDA device"):
+        make(replace(settings(out), engine=tmp_path), stand_ins)
+    assert not out.exists()
+    make(replace(settings(out), engine=tmp_path, device="cpu"), stand_ins)
+    assert shards(out) == shards(undisturbed)
+    assert read_manifest(undisturbed, "synth")["config"]["device"] == "cpu"
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
