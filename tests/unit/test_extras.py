@@ -15,7 +15,7 @@ def test_every_extra_that_is_named_exists() -> None:
     named = {
         extra.strip(): path.relative_to(ROOT)
         for path in files
-        for group in re.findall(r"ubgen\[([\w, -]+)\]", path.read_text(encoding="utf-8"))
+        for group in re.findall(r"(?:ubgen|'\.)\[([\w, -]+)\]", path.read_text(encoding="utf-8"))
         for extra in group.split(",")
     }
     assert {"tensorrt", "float8", "ort-gpu"} <= set(named)

@@ -22,6 +22,7 @@ from ubgen.miniature.measure import WEIGHTS, Judge, generate, table
 from ubgen.train import TrainConfig
 
 REAL_RUN = """The same with Stable Diffusion 1.5, once its weights lie in a local directory:
+  . .venv/bin/activate    # ubgen's commands lie in there
   ubgen-train  --recipe sd15-imagenet1k --out runs/sd15 \\
                --networks.stable-diffusion SD15 --networks.clip CLIP --networks.qalign QALIGN
   ubgen-export --spec sd15-fp16 --lora runs/sd15 --out runs/sd15-engine \\
