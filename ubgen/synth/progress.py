@@ -103,7 +103,7 @@ class Lines:
             self._begun = self._clock()
             self._told.append((self._begun, done))
             self.say(f"{done:,}/{total:,} images")
-        elif self._clock() - self._told[-1][0] >= self._every() or done == total:
+        elif self._told[-1][1] < total and (done == total or self._is_time()):
             self._tell()
 
     def close(self) -> None:
@@ -111,8 +111,9 @@ class Lines:
         if self._told and self._told[-1][1] != self._now[0]:
             self._tell()
 
-    def _every(self) -> float:
-        return _OFTEN if self._clock() - self._begun < _AT_FIRST else _SELDOM
+    def _is_time(self) -> bool:
+        now = self._clock()
+        return now - self._told[-1][0] >= (_OFTEN if now - self._begun < _AT_FIRST else _SELDOM)
 
     def _tell(self) -> None:
         (done, total), now = self._now, self._clock()
