@@ -120,8 +120,11 @@ def test_a_killed_head_and_a_fresh_one(config: SynthConfig, wanted: dict[str, by
     for process in run.processes(""):  # the machine that the head was on, with its workers
         os.kill(process, signal.SIGKILL)
     status, output = run.wait()
-    assert status != 0, output
-    print(output)
+    assert status == 2, output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "the Ray cluster went away" in line or "the node that hands out shards is gone" in line
+    assert line.endswith("Run the same command again to continue")
+    assert "Traceback" not in output
     assert not (tmp_path / "out" / "manifest.json").exists()
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shard-*.tar")}
     again = on_ray(config, tmp_path / "out")
