@@ -3,6 +3,8 @@
 import dataclasses
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,6 +131,30 @@ def test_one_class_name_is_too_few_for_the_discriminator(config: TrainConfig, tm
     (tmp_path / "one.txt").write_text("cat\n")
     with pytest.raises(UserError, match="at least two"):
         train(dataclasses.replace(config, classes=str(tmp_path / "one.txt")), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--networks.clip", "/nowhere"], "--networks.clip: /nowhere is not a directory"),
+        (["--generator.lr", "-1"], "generator.lr must be positive, not -1.0"),
+        (["--recipe", "nothing"], "recipe 'nothing' is neither a .toml file nor one of"),
+        (["--classes", "/nowhere.txt"], "/nowhere.txt"),
+        (["--stop-after", "0"], "stop_after must be positive, not 0"),
+        (["--out", __file__], "cannot write to output directory"),
+    ],
+)
+def test_a_wrong_call_of_the_command_is_one_line(options: list[str], line: str, tmp_path: Path) -> None:
+    out = [] if "--out" in options else ["--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "ubgen.cli.train", *out, *options]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    (error,) = ended.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert line in error
+    assert ended.stdout == ""
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_recipe_key(config: TrainConfig, write_recipe: Write, tmp_path: Path) -> None:

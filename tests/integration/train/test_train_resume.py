@@ -44,6 +44,21 @@ def test_stopped_after_every_update(config: TrainConfig, uninterrupted: Path, tm
     assert results(out) == results(uninterrupted)
 
 
+def test_half_precision_stopped_after_every_update(config: TrainConfig, tmp_path: Path) -> None:
+    """The loss scale and its count of good updates go on too."""
+    half = dataclasses.replace(config, precision="fp16", max_updates=3)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(half, whole)
+    assert [train(half, parts, stop_after=1) for _ in range(5)] == [False] * 4 + [True]
+    assert results(parts) == results(whole)
+    assert scaler(parts) == scaler(whole)
+    assert scaler(whole)["_growth_tracker"] == 3, "no update was scaled, or each began anew"
+
+
+def scaler(out: Path) -> dict:
+    return torch.load(out / "checkpoints" / "000005" / "state.pt", weights_only=True)["scaler"]
+
+
 def test_killed_between_checkpoints(
     config: TrainConfig,
     uninterrupted: Path,
