@@ -23,6 +23,7 @@ from ubgen.diffusion import initial_noise
 from ubgen.errors import UserError
 from ubgen.manifest import atomic_write, read_manifest
 from ubgen.runtime import Signature, load
+from ubgen.runtime.backends import parse_device
 from ubgen.synth import SynthConfig, synthesise
 from ubgen.synth.executors.job import open_engine
 from ubgen.synth.generator import Generator
@@ -132,7 +133,7 @@ def bench_synth(
     """
     _check(images, batch, rounds, against, dataset, gpus)
     path = require_directory(engine, "--engine")
-    device = device or read_manifest(path, "export")["config"]["spec"]["device"]
+    device = str(parse_device(device or read_manifest(path, "export")["config"]["spec"]["device"]))
     machine = machine_record(device)
     say("opening the engine")
     with tempfile.TemporaryDirectory(prefix="ubgen-bench-synth-") as scratch, _threads_restored():
