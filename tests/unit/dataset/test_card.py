@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import DatasetCard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ubgen.dataset import CardFacts, dataset_stats, open_dataset, write_card
@@ -54,6 +54,7 @@ def test_hugging_face_reads_it(tmp_path: Path, make: Callable[..., Path]) -> Non
     assert "shard-{000000..000011}.tar" in card.text
 
 
+@settings(deadline=None)
 @given(title=st.text(), name=st.text(), licence=st.text(), key=st.text())
 def test_no_text_breaks_out_of_its_place(title: str, name: str, licence: str, key: str) -> None:
     facts = replace(FACTS, title=title, licence=licence, engine_key=key, prompt=name, base_model=name)
@@ -93,6 +94,7 @@ def test_licences_of_free_text(text: str, fields: dict[str, str]) -> None:
     assert licence_fields(text) == fields
 
 
+@settings(deadline=None)
 @given(st.text(), st.integers(1, 50))
 def test_plain_text_is_one_printable_line(text: str, limit: int) -> None:
     line = plain(text, limit)
@@ -101,6 +103,7 @@ def test_plain_text_is_one_printable_line(text: str, limit: int) -> None:
     assert escape(text).count("<") == 0
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.one_of(st.text(), st.sampled_from(["a", "A", "class-000001", ".", "..", "con", "a/b"])), max_size=8

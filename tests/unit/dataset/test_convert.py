@@ -309,6 +309,7 @@ def test_ids_that_sort_well_stay_as_they_are() -> None:
     assert directory_names(["n2", "n10"]) == ["0_n2", "1_n10"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=3), max_size=10))
 def test_label_names_differ(names: list[str]) -> None:
     classes = [{"name": name, "id": str(i % 2)} for i, name in enumerate(names)]

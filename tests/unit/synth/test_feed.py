@@ -1,6 +1,6 @@
 """The order of work: full batches across shards, retries first, leases that survive their workers."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ubgen.classes import ClassList
@@ -14,6 +14,7 @@ def plan(classes: int, per_class: int, shard_size: int) -> Plan:
     return Plan(ClassList(names, names), names, per_class, shard_size)
 
 
+@settings(deadline=None)
 @given(
     classes=st.integers(1, 7),
     per_class=st.integers(1, 7),
