@@ -19,7 +19,7 @@ def dataset_bytes(out: Path) -> dict[str, bytes]:
 
 def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, tmp_path, "50", "20"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout)
     assert told["killed"] == 50
