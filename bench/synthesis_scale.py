@@ -214,6 +214,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--samples", type=int, default=1_300_000)
     given = parser.parse_args()
+    if given.work:
+        Path(given.work).mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="ubgen-scale-", dir=given.work))
     try:
         result = measure(work, given.samples)
