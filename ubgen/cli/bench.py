@@ -9,7 +9,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ubgen.benchmark import Table, bench_engine, bench_synth
-from ubgen.cli._run import run
+from ubgen.errors import run
 
 
 def engine(

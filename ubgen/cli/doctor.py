@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ubgen.cli._run import run
+from ubgen.errors import run
 from ubgen.probes import Probe, all_probes
 
 

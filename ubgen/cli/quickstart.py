@@ -12,11 +12,10 @@ import tyro
 from rich.console import Console
 
 from ubgen.classes import load_classes
-from ubgen.cli._run import run
 from ubgen.config import load_recipe
 from ubgen.dataset import open_dataset
 from ubgen.diffusion import load_stable_diffusion
-from ubgen.errors import UserError
+from ubgen.errors import UserError, run
 from ubgen.manifest import MANIFEST
 from ubgen.miniature.measure import WEIGHTS, Judge, generate, table
 from ubgen.train import TrainConfig

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from ubgen.cli._run import run
 from ubgen.config import load_recipe
+from ubgen.errors import run
 from ubgen.train import TrainConfig, train
 
 

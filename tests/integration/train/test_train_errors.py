@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ubgen.cli._run import run
 from ubgen.cli.train import parse
-from ubgen.errors import UserError
+from ubgen.errors import UserError, run
 from ubgen.train import TrainConfig, train
 
 Change = Callable[..., TrainConfig]

@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from ubgen.cli import quickstart
-from ubgen.cli._run import run
-from ubgen.errors import UserError
+from ubgen.errors import UserError, run
 
 
 def fail_with(error):
