@@ -33,7 +33,8 @@ def export(
         stable_diffusion: Directory in diffusers layout, in place of the spec's.
         clip: Directory with open_clip_config.json and weights, in place of the spec's.
         qalign: Directory of the Q-Align checkpoint, in place of the spec's.
-        overwrite: Replace a finished engine in the output directory.
+        overwrite: Replace a finished engine in the output directory, also one that another version of ubgen made from
+            the same inputs.
         dry_run: Show what would be built, with sizes, and do nothing. Reads config files alone.
         list_specs: Show the shipped specs and whether this machine can build them, and do nothing.
     """
@@ -55,6 +56,8 @@ def export(
     _print(console, _chain_lines(exported))
     state = "written" if exported.built else "is already this engine; nothing was done"
     console.print(f"{exported.path} {state} (key {exported.key[:19]}…)")
+    if exported.outdated:
+        _print(console, ["another version of ubgen made it: --overwrite compiles it again with this one"])
 
 
 def _print(console: Console, lines: Iterable[str]) -> None:

@@ -22,7 +22,7 @@ from ubgen.export.parity import ParityRow
 from ubgen.export.place import mark, require_place
 from ubgen.export.plan import require_memory
 from ubgen.export.report import write_report
-from ubgen.export.sources import engine_parts, lora_file, network_keys, weight_directories
+from ubgen.export.sources import engine_parts, exporter, lora_file, network_keys, weight_directories
 from ubgen.export.spec import EngineSpec, NetworkSpec
 from ubgen.export.store import Built, Store
 from ubgen.manifest import held_directory, read_manifest
@@ -36,13 +36,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """`built` is False when the directory already held this very engine and no work was done."""
+    """`built` is False when the directory already held this very engine and no work was done.
+
+    `outdated`: that engine was made by another version of the exporter.
+    """
 
     path: Path
     key: str
     parity: list[ParityRow]
     chain: ChainRow
     built: bool
+    outdated: bool = False
 
 
 def export_engine(
@@ -57,7 +61,7 @@ def export_engine(
 
     A network that misses its tolerance in low precision is compiled again with the layers that cause it in float32.
     Networks that an interrupted export, or an engine that is replaced, left in `out` are kept where nothing that they
-    depend on has changed.
+    depend on has changed. A finished engine made by another version of this package stays unless `overwrite` is given.
 
     UserError when an input is missing, this machine can't build the spec, `out` overlaps an input or holds anything but
     an engine, it is finished with another one and `overwrite` is not given, or the engines are further from PyTorch
@@ -73,7 +77,8 @@ def export_engine(
     hashes = Hashes(out / CACHE)
     parts = engine_parts(spec, inputs, hashes)
     key = json_hash(parts)
-    if finished := _finished(Store(out, hashes), key):
+    finished = _finished(Store(out, hashes), key)
+    if finished and not (finished.outdated and overwrite):
         hashes.save()
         return finished
     if not overwrite:
@@ -88,6 +93,7 @@ def export_engine(
         engine = {
             "key": key,
             "parts": parts,
+            "exporter": exporter(),
             "networks": build.entries,
             "extras": {file.relative_to(out).as_posix(): hashes(file) for file in _extras(out)},
         }
@@ -102,7 +108,10 @@ def _finished(store: Store, key: str) -> Exported | None:
     if (manifest := store.finished(key)) is None:
         return None
     rows = [ParityRow.from_dict(row) for row in manifest["parity"]]
-    return Exported(store.out, key, rows, ChainRow.from_dict(manifest["chain"]), built=False)
+    outdated = manifest["engine"].get("exporter") != exporter()
+    return Exported(
+        store.out, key, rows, ChainRow.from_dict(manifest["chain"]), built=False, outdated=outdated
+    )
 
 
 def _require_no_other(out: Path, parts: Mapping[str, Any]) -> None:

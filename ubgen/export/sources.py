@@ -88,14 +88,14 @@ def network_keys(
         "compiler": parts["compilers"][network.compiler],
         "architecture": parts["architecture"],
         "versions": library_versions(),
-        "exporter": _exporter(),
+        "exporter": exporter(),
     }
     return json_hash(graph | weights), json_hash(graph)
 
 
 @cache
-def _exporter() -> str:
-    """Hash of this package's code, which decides what is in the files."""
+def exporter() -> str:
+    """Hash of this package's code, which decides what is in the files. No part of an engine's key: older ones run."""
     code = {file.name: content_hash(file) for file in sorted(Path(__file__).parent.rglob("*.py"))}
     return json_hash(code)
 

@@ -1,5 +1,6 @@
 """ubgen-export as a command: what it shows of an engine, and a disk that is full in the middle of one."""
 
+import json
 import resource
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from ubgen import runtime
 from ubgen.cli import export as command
 from ubgen.errors import UserError
 from ubgen.export import Exported, export_engine, load_spec
+from ubgen.manifest import MANIFEST
 
 
 @pytest.fixture
@@ -42,6 +44,37 @@ def test_an_engine_that_is_there_is_shown_with_its_parity(
     text = capsys.readouterr().out
     assert text.count(", built\n") == len(exported.parity)
     assert "the engine is complete: nothing would be done" in text
+
+
+def test_an_engine_of_another_version_of_ubgen_runs_and_is_replaced_on_request(
+    exported: Exported,
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    out = tmp_path / "engine"
+    shutil.copytree(exported.path, out)
+    manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    manifest["engine"]["exporter"] = "sha256:" + "0" * 64
+    (out / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    assert runtime.load(out).key == exported.key
+
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr("sys.argv", ["ubgen-export", *options, "--out", str(out)])
+    command.main()
+    text = capsys.readouterr().out
+    assert "nothing was done" in text
+    assert "another version of ubgen made it: --overwrite compiles it again with this one" in text
+
+    monkeypatch.setattr("sys.argv", ["ubgen-export", *options, "--out", str(out), "--overwrite"])
+    command.main()
+    assert f"{out} written (key" in capsys.readouterr().out
+    assert runtime.load(out).key == exported.key
+    command.main()  # now it is this version's
+    text = capsys.readouterr().out
+    assert "nothing was done" in text
+    assert "another version" not in text
 
 
 @contextmanager
