@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -100,16 +101,21 @@ def _run(
     x, e_uncond = x.contiguous(), e_uncond.contiguous()
     e_cond, noise = _dense(e_cond), _dense(noise)
     past = [tensor.contiguous() for tensor in history]
-    places = _Pointers(*[tensor.data_ptr() for tensor in past])
+    places = _Pointers(*[tensor.data_ptr() for tensor in past]) if past else None
     inputs = (x.data_ptr(), e_uncond.data_ptr(), _at(e_cond), places, len(past), _at(noise))
     outputs = (x_next.data_ptr(), _at(e_next), x.numel())
     with _native.device_of(x):
-        native(kind, *inputs, _Floats(*weights), a, b, guidance, s, *outputs)
+        native(kind, *inputs, _floats(tuple(weights)), a, b, guidance, s, *outputs)
     return x_next, e_next
 
 
 _Pointers = ctypes.c_void_p * MAX_HISTORY
 _Floats = ctypes.c_float * (MAX_HISTORY + 1)
+
+
+@lru_cache(maxsize=256)  # a sampler has few sets of weights: PNDM four
+def _floats(weights: tuple[float, ...]) -> ctypes.Array[ctypes.c_float]:
+    return _Floats(*weights)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -61,6 +61,8 @@ def restore_checkpoint(path: Path, players: Players) -> int:
         restore_lora(players.sd.unet, path / LORA_FILE)
         players.generator_optimizer.load_state_dict(state["generator_optimizer"])
         players.scaler.load_state_dict(state["scaler"])
+        if players.average is not None:
+            players.average.load_state_dict(state["average"])
         if players.adversary is not None:
             players.adversary.network.load_state_dict(load_file(path / DISCRIMINATOR_FILE))
             players.adversary.optimizer.load_state_dict(state["discriminator_optimizer"])
@@ -84,6 +86,7 @@ def _state_bytes(players: Players, done: int) -> bytes:
         "generator_optimizer": players.generator_optimizer.state_dict(),
         "discriminator_optimizer": None if adversary is None else adversary.optimizer.state_dict(),
         "scaler": players.scaler.state_dict(),
+        "average": None if players.average is None else players.average.state_dict(),
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)

@@ -38,6 +38,7 @@ _NOT_NEGATIVE = (
     "losses.individual",
     "losses.quality",
     "generator.weight_decay",
+    "generator.average_last",
     "discriminator.weight_decay",
     "discriminator.warmup_epochs",
     "discriminator.warmup_updates",
@@ -110,6 +111,8 @@ class GeneratorConfig:
     """AdamW's epsilon."""
     clip: float = 0.1
     """Largest global gradient norm."""
+    average_last: int = 0
+    """The result is the mean of the LoRA after each of this many last updates; 0: the LoRA after the last one."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def train(config: TrainConfig, out: Path, *, overwrite: bool = False, stop_after
         run.restore()
         finished = run.play(stop_after)
         if finished and stage is not None:
+            run.average()
             save_players(out, run.players)
             stage.finish(run.inputs(), updates=run.updates, images_seen=run.updates * run.global_batch)
         run.console.print(f"{out}: {'finished' if finished else 'stopped; the same command continues'}")
@@ -101,6 +102,13 @@ class Run:
                 record.close()
         return self.done == total
 
+    def average(self) -> None:
+        """Put the mean of the last updates in place of the LoRA, where that is wanted, and show it."""
+        if self.players.average is not None:
+            self.players.average.apply()
+            if self.config.output.grid_every:
+                save_grid(self.out / SAMPLES / "average.png", self.players, self.config)
+
     def inputs(self) -> dict[str, Path | str]:
         """The directories that this run read, for the manifest."""
         needed, paths = networks_needed(self.config.losses), self.config.networks
@@ -129,6 +137,9 @@ class Run:
         batch = self._batch("train", self.done - self.warmup, self.config.batch_size)
         features, metrics = generator_update(self.players, self.config, batch)
         metrics["generator_lr"] = self.config.generator.lr
+        average, last = self.players.average, self.warmup + self.updates - self.config.generator.average_last
+        if average is not None and self.done >= last:
+            average.add()
         if self.players.adversary is not None and features is not None:
             metrics |= discriminator_update(self.players.adversary, self.config, features, batch.negatives_B)
             metrics["discriminator_lr"] = self.config.discriminator.lr

@@ -12,6 +12,7 @@ from ubgen.diffusion import StableDiffusion, add_lora, encode_prompts, load_stab
 from ubgen.errors import UserError
 from ubgen.rewards import Clip, Discriminator, QAlign
 from ubgen.train.attention import set_attention
+from ubgen.train.average import Average
 from ubgen.train.config import DiscriminatorConfig, GeneratorConfig, LossConfig, TrainConfig
 
 HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,6 +50,7 @@ class Players:
     device: torch.device
     dtype: torch.dtype
     attention: str
+    average: Average | None = None
 
     def autocast(self) -> torch.autocast:
         """Mixed precision for the UNet: a float32 LoRA on half-precision weights. The others cast for themselves."""
@@ -97,6 +99,7 @@ def load_players(config: TrainConfig, classes: ClassList, device: torch.device) 
         device=device,
         dtype=dtype,
         attention=set_attention(sd.unet, config.attention, device, config.precision),
+        average=Average(lora) if config.generator.average_last else None,
     )
 
 

@@ -44,6 +44,24 @@ def test_stopped_after_every_update(config: TrainConfig, uninterrupted: Path, tm
     assert results(out) == results(uninterrupted)
 
 
+def test_the_average_of_the_last_updates_goes_on_too(
+    config: TrainConfig, change: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """And it is the mean of the LoRAs in the checkpoints, where there is one for each update."""
+    averaged = change(config, "generator", average_last=3)
+    averaged = change(averaged, "output", checkpoint_every=1, keep_checkpoints=6)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(averaged, whole)
+    assert [train(averaged, parts, stop_after=1) for _ in range(6)] == [False] * 5 + [True]
+    assert results(parts) == results(whole)
+    last = [load_file(whole / "checkpoints" / f"{done:06d}" / LORA_FILE) for done in (4, 5, 6)]
+    for name, mean in load_file(whole / LORA_FILE).items():
+        assert torch.allclose(mean, sum(lora[name] for lora in last) / 3, rtol=0, atol=1e-7)
+        if ".up." in name:
+            assert not torch.equal(mean, last[-1][name])
+    assert (whole / "samples" / "average.png").is_file()
+
+
 def test_half_precision_stopped_after_every_update(config: TrainConfig, tmp_path: Path) -> None:
     """The loss scale and its count of good updates go on too."""
     half = dataclasses.replace(config, precision="fp16", max_updates=3)
