@@ -63,7 +63,8 @@ def quickstart(given: Arguments) -> None:
         f"Quickstart: fine-tuning is shortened to {given.updates} updates (the miniature recipe has {full})."
     )
     train, engine, dataset = (given.out / name for name in ("train", "engine", "dataset"))
-    stage(console, train, ["ubgen-train", "--recipe", "miniature", "--max-updates", str(given.updates)])
+    shorter = ["--max-updates", str(given.updates), "--generator.average-last", str(given.updates // 3)]
+    stage(console, train, ["ubgen-train", "--recipe", "miniature", *shorter])
     stage(console, engine, ["ubgen-export", "--spec", "miniature", "--lora", str(train)])
     synth = [
         "ubgen-synth",
