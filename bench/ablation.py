@@ -80,8 +80,8 @@ def report(rows: dict[str, dict[str, float]], given: Arguments) -> str:
     head = f"""# Fine-tuning on the miniature
 
 Miniature recipe, {recipe.max_updates} updates of {recipe.batch_size} images; {given.per_class} images per class on the
-noise of seed {given.seed}, 50 PNDM steps, guidance 2. {platform.machine()}, torch {torch.__version__}, one thread per
-generator, {given.parallel} at a time. Made by `bench/ablation.py`; pictures beside this file, one column per class.
+noise of seed {given.seed}, 50 PNDM steps, guidance 2. {platform.machine()}, torch {torch.__version__}. Made by
+`bench/ablation.py`; pictures beside this file, one column per class.
 
 """
     return head + "\n".join(lines) + "\n"
