@@ -37,8 +37,8 @@ enum ubgen_layout { UBGEN_NCHW = 0, UBGEN_NHWC = 1 };
  *
  * Each product and sum is rounded to float32 on its own and in this order, so that the result equals the same
  * expression evaluated one operation at a time, bit for bit. `weights` has 1 + history_count values and lies in host
- * memory, as does the array `history` of pointers, newest first. `e` receives e; it is not written (and may be null)
- * where e_cond is null. Outputs must not overlap inputs or each other.
+ * memory, as does the array `history` of pointers, newest first (null where there is none). `e` receives e; it is not
+ * written (and may be null) where e_cond is null. Outputs must not overlap inputs or each other.
  */
 int ubgen_guided_step(int dtype, const void *x, const void *e_uncond, const void *e_cond, const void *const *history,
                       int history_count, const void *noise, const float *weights, float a, float b, float guidance,
