@@ -22,6 +22,12 @@ def options(family: dict[str, str], spec_file: Path, lora: Path) -> list[str]:
     return ["--spec", str(spec_file), "--lora", str(lora), *weights]
 
 
+@pytest.fixture
+def out(exported: Exported, tmp_path: Path) -> Path:
+    """The engine once more, to be changed."""
+    return Path(shutil.copytree(exported.path, tmp_path / "engine"))
+
+
 def test_an_engine_that_is_there_is_shown_with_its_parity(
     exported: Exported,
     options: list[str],
@@ -48,13 +54,11 @@ def test_an_engine_that_is_there_is_shown_with_its_parity(
 
 def test_an_engine_of_another_version_of_ubgen_runs_and_is_replaced_on_request(
     exported: Exported,
+    out: Path,
     options: list[str],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    out = tmp_path / "engine"
-    shutil.copytree(exported.path, out)
     manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
     manifest["engine"]["exporter"] = "sha256:" + "0" * 64
     (out / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
@@ -93,14 +97,12 @@ def test_a_full_disk_leaves_no_engine_that_passes_for_whole(
     family: dict[str, str],
     spec_file: Path,
     lora: Path,
+    out: Path,
     options: list[str],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
     """An export of which one network is missing; the networks that are there stay, and the next call ends it."""
-    out = tmp_path / "engine"
-    shutil.copytree(exported.path, out)
     for name in ("manifest.json", "clip_text.json", "clip_text.onnx"):
         (out / name).unlink()
     kept = {file.name: file.stat().st_mtime_ns for file in out.glob("*.onnx")}

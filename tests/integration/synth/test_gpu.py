@@ -24,7 +24,7 @@ Settings = Callable[..., SynthConfig]
 
 def on_gpu(stand_ins: ModuleType) -> Any:
     class OnGpu(stand_ins.FromIdentities):  # type: ignore[name-defined, misc]
-        """Each stage first keeps its stream busy: a missing wait would show other pictures."""
+        """Each stage first keeps its stream busy: one that did not wait for it would read what is not there yet."""
 
         device = torch.device("cuda")
 

@@ -55,14 +55,14 @@ def test_half_precision_trains_the_lora(run: Callable[..., Path], precision: str
     rows = [row for row in metrics(out) if row["phase"] == "train"]
     assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
     lora = load_file(out / LORA_FILE)
-    moved = [tensor for name, tensor in lora.items() if "lora_B" in name or "lora.up" in name]
+    moved = [tensor for name, tensor in lora.items() if ".lora.up." in name]
     assert moved
     assert all(tensor.isfinite().all() for tensor in lora.values())
     assert any(tensor.abs().max() > 0 for tensor in moved)  # they begin at zero
 
 
-def test_a_stopped_run_goes_on(run: Callable[..., Path], write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on(run: Callable[..., Path]) -> None:
     out = run("stopped", "--stop-after", "3", device="auto")
-    before = len(metrics(out))
-    assert run("stopped", device="auto") == out
-    assert [row["step"] for row in metrics(out)][before - 1 :] == [3, 4, 5, 6]
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3]
+    run("stopped", device="auto")
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4, 5, 6]
