@@ -45,7 +45,7 @@ def save_players(directory: Path, players: Players) -> None:
     """The LoRA in diffusers format, and the discriminator where there is one."""
     save_lora(players.sd.unet, directory)
     if players.adversary is not None:
-        tensors = {name: t.detach().cpu() for name, t in players.adversary.network.state_dict().items()}
+        tensors = {name: t.detach().cpu() for name, t in players.adversary.state_dict().items()}
         atomic_write(directory / DISCRIMINATOR_FILE, save(tensors))
 
 
@@ -64,7 +64,7 @@ def restore_checkpoint(path: Path, players: Players) -> int:
         if players.average is not None:
             players.average.load_state_dict(state["average"])
         if players.adversary is not None:
-            players.adversary.network.load_state_dict(load_file(path / DISCRIMINATOR_FILE))
+            players.adversary.load_state_dict(load_file(path / DISCRIMINATOR_FILE))
             players.adversary.optimizer.load_state_dict(state["discriminator_optimizer"])
         return int(state["done"])
     except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:

@@ -125,8 +125,8 @@ class DiscriminatorConfig:
     """Activation: the paper's ReLU, or LeakyReLU as released."""
     slope: float = 0.2
     """Slope of the LeakyReLU."""
-    features: Literal["raw", "normalised"] = "raw"
-    """CLIP features as they come, or L2-normalised."""
+    features: Literal["raw", "normalised", "centred"] = "raw"
+    """CLIP features as they come, L2-normalised, or also without the gap between images and texts (see Centre)."""
     lr: float = 1e-5
     """Learning rate, constant."""
     betas: tuple[float, float] = (0.0, 0.999)
@@ -210,6 +210,12 @@ def validate(config: TrainConfig) -> None:
     if config.losses.entire == config.losses.individual == config.losses.quality == 0:
         raise UserError(
             "losses: all three weights are 0; switch on at least one of entire, individual, quality"
+        )
+    opponent = config.discriminator
+    warmup = opponent.warmup_epochs if opponent.warmup_updates is None else opponent.warmup_updates
+    if config.losses.entire > 0 and opponent.features == "centred" and warmup == 0:
+        raise UserError(
+            'discriminator.features "centred" needs a warm-up, in which the images\' centre is found'
         )
 
 

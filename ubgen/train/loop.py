@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import gather
 from rich.console import Console
 
 from ubgen.classes import ClassList, load_classes
@@ -129,8 +130,11 @@ class Run:
     def _warmup_update(self) -> Metrics:
         batch = self._batch("warmup", self.done, 2 * self.config.batch_size)
         features = warmup_features(self.players, self.config, batch)
-        assert self.players.adversary is not None  # without one there is no warm-up
-        return discriminator_update(self.players.adversary, self.config, features, batch.negatives_B)
+        adversary = self.players.adversary
+        assert adversary is not None  # without one there is no warm-up
+        if adversary.centre is not None:
+            adversary.centre.observe(gather(features))
+        return discriminator_update(adversary, self.config, features, batch.negatives_B)
 
     def _train_update(self) -> Metrics:
         """The generator first, against the discriminator as it is; then the discriminator, on the same images."""

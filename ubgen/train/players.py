@@ -10,12 +10,13 @@ from ubgen.classes import ClassList
 from ubgen.config import require_directory
 from ubgen.diffusion import StableDiffusion, add_lora, encode_prompts, load_stable_diffusion, with_sampler
 from ubgen.errors import UserError
-from ubgen.rewards import Clip, Discriminator, QAlign
+from ubgen.rewards import Centre, Clip, Discriminator, QAlign
 from ubgen.train.attention import set_attention
 from ubgen.train.average import Average
 from ubgen.train.config import DiscriminatorConfig, GeneratorConfig, LossConfig, TrainConfig
 
 HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CENTRE = "centre."  # before the names of the centre's tensors in a checkpoint
 _FILES = {
     "stable_diffusion": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
     "clip": ("open_clip_config.json", "open_clip_model.safetensors"),
@@ -29,7 +30,27 @@ class Adversary:
 
     network: Discriminator
     optimizer: torch.optim.Optimizer
-    names_ND: Tensor  # CLIP features of the bare class names: the texts of Eq. 5
+    names_ND: (
+        Tensor  # CLIP features of the bare class names, as the discriminator sees them: the texts of Eq. 5
+    )
+    centre: Centre | None = None
+
+    def see(self, features_BD: Tensor) -> Tensor:
+        """CLIP features of images, as the discriminator sees them."""
+        return features_BD if self.centre is None else self.centre.images(features_BD)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of the network, and of the centre where there is one."""
+        centre = {} if self.centre is None else self.centre.state_dict(prefix=CENTRE)
+        return {**self.network.state_dict(), **centre}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """What `state_dict` gave."""
+        network = {name: tensor for name, tensor in state.items() if not name.startswith(CENTRE)}
+        self.network.load_state_dict(network)
+        if self.centre is not None:
+            centre = {name.removeprefix(CENTRE): state[name] for name in state.keys() - network.keys()}
+            self.centre.load_state_dict(centre)
 
 
 @dataclass
@@ -136,11 +157,18 @@ def _make_adversary(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = Discriminator(
-            clip.dim, settings.hidden, settings.activation, settings.slope, settings.features
+            clip.dim,
+            settings.hidden,
+            settings.activation,
+            settings.slope,
+            "normalised" if settings.features == "normalised" else "raw",
         )
     network.to(device)
     optimizer = _adamw(list(network.parameters()), settings)
-    return Adversary(network, optimizer, clip.encode_text(classes.names).float())
+    names_ND = clip.encode_text(classes.names).float()
+    if settings.features != "centred":
+        return Adversary(network, optimizer, names_ND)
+    return Adversary(network, optimizer, Centre.texts(names_ND), Centre(clip.dim).to(device))
 
 
 def _adamw(

@@ -49,8 +49,9 @@ def discriminator_update(
 ) -> Metrics:
     """Eq. 5 from the other side, on the same images: `features_BD` are theirs, detached."""
     network, texts = adversary.network, adversary.names_ND[negatives_B.to(features_BD.device)]
-    loss = discriminator_loss(network, features_BD, texts)
-    accuracy = _accuracy(network, features_BD, texts)
+    images = adversary.see(features_BD)
+    loss = discriminator_loss(network, images, texts)
+    accuracy = _accuracy(network, images, texts)
     means = _mean_over_processes({"discriminator_loss": loss.detach(), "discriminator_accuracy": accuracy})
     _require_finite(means)
     loss.backward()
@@ -117,7 +118,9 @@ def _reward_terms(
             terms["individual"] = individual
     if players.adversary is not None and features is not None:
         names = players.adversary.names_ND[batch.negatives_B.to(players.device)]
-        terms["entire"] = entire_alignment_loss(players.adversary.network, features, names, losses.gan)
+        terms["entire"] = entire_alignment_loss(
+            players.adversary.network, players.adversary.see(features), names, losses.gan
+        )
         metrics["loss_entire"] = terms["entire"].detach()
     if players.qalign is not None:
         with torch.set_grad_enabled(losses.quality > 0):

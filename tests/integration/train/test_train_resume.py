@@ -20,6 +20,7 @@ from ubgen.train import TrainConfig, train
 from ubgen.train.checkpoint import DISCRIMINATOR_FILE
 
 RESULTS = (LORA_FILE, DISCRIMINATOR_FILE)
+DONE = ("000002", "000004", "000006")  # the checkpoints of a whole run
 
 
 def results(out: Path) -> list:
@@ -62,6 +63,19 @@ def test_the_average_of_the_last_updates_goes_on_too(
     assert (whole / "samples" / "average.png").is_file()
 
 
+def test_the_centre_of_the_images_goes_on_too(
+    config: TrainConfig, change: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """Stopped within the warm-up, in which the centre is found, and after it."""
+    centred = change(config, "discriminator", features="centred")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(centred, whole)
+    assert [train(centred, parts, stop_after=1) for _ in range(6)] == [False] * 5 + [True]
+    assert results(parts) == results(whole)
+    counts = [load_file(whole / "checkpoints" / done / DISCRIMINATOR_FILE)["centre.count"] for done in DONE]
+    assert counts == [8, 8, 8], "2 warm-up updates of 4 images, and none after them"
+
+
 def test_half_precision_stopped_after_every_update(config: TrainConfig, tmp_path: Path) -> None:
     """The loss scale and its count of good updates go on too."""
     half = dataclasses.replace(config, precision="fp16", max_updates=3)
@@ -93,7 +107,7 @@ def test_killed_between_checkpoints(
     (out / "checkpoints" / ".writing-left-behind").mkdir()
     assert train(config, out)
     assert results(out) == results(uninterrupted)
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["000002", "000004", "000006"]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == list(DONE)
 
 
 def wait_for_lines(process: subprocess.Popen, path: Path, lines: int) -> None:
@@ -143,6 +157,7 @@ def test_two_processes_end_where_one_does(
 ) -> None:
     """Images belong to their place in the run, so sharing them changes the rounding only."""
     every_step = change(config, "rollout", grad_steps=4)
+    every_step = change(every_step, "discriminator", features="centred")  # whose centre is everyone's
     train(every_step, tmp_path / "one")
     recipe = write_recipe(dataclasses.replace(every_step, batch_size=1), tmp_path / "recipe.toml")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -54,6 +54,16 @@ def test_senseless_values_are_named(config: TrainConfig, reason: str) -> None:
         validate(config)
 
 
+def test_a_centre_cannot_be_found_without_a_warmup() -> None:
+    centred = with_option("discriminator.features", "centred")
+    for name in ("warmup_updates", "warmup_epochs"):
+        without = dataclasses.replace(centred.discriminator, **{name: 0})
+        with pytest.raises(UserError, match="needs a warm-up"):
+            validate(dataclasses.replace(centred, discriminator=without))
+        validate(dataclasses.replace(centred, discriminator=without, losses=LossConfig(entire=0)))
+    validate(centred)
+
+
 def with_option(name: str, value: object) -> TrainConfig:
     """CONFIG with the option of this dotted name changed."""
     table, _, field = name.rpartition(".")

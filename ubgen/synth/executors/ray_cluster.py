@@ -1,5 +1,6 @@
 """Workers on a Ray cluster: one for each GPU, coming and going as the cluster grows and shrinks."""
 
+import os
 import re
 import socket
 import time
@@ -23,6 +24,10 @@ _POLL = 0.5
 _LOOK_AROUND = 5.0  # seconds between two looks at what the cluster has
 _PATIENCE = 60.0  # seconds in which the desk must answer
 _ANSWER = 5.0  # seconds in which a cluster's machine must
+_HTTP2_SETTINGS = bytes(
+    [0, 0, 0, 4, 0, 0, 0, 0, 0]
+)  # an empty frame of type 4, with which each side begins (RFC 9113)
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _HTTP2_SETTINGS
 _HOST_PORT = re.compile(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d+)")
 
 
@@ -101,17 +106,25 @@ def cluster(config: SynthConfig) -> Iterator[None]:
 
 
 def _probe(address: str | None) -> None:
-    """Whether anything listens at HOST:PORT: Ray itself would try for minutes, and then end the process."""
+    """Whether a gRPC server answers at HOST:PORT: Ray itself would try for minutes, and then end the process."""
     match = _HOST_PORT.fullmatch(address or "")
     if match is None:
         return
+    advice = "give the address that `ray start` printed, or leave it out to start a cluster on this machine"
     try:
-        socket.create_connection((match[1], int(match[2])), timeout=_ANSWER).close()
+        connection = socket.create_connection((match[1], int(match[2])), timeout=_ANSWER)
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"--ray-address {address}: nothing answers there ({error}); give the address that `ray start` printed, "
-            "or leave it out to start a cluster on this machine"
-        ) from error
+        raise UserError(f"--ray-address {address}: nothing answers there ({error}); {advice}") from error
+    with connection, connection.makefile("rb") as answer:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        try:
+            connection.sendall(_HTTP2_GREETING)
+            greeting = answer.read(len(_HTTP2_SETTINGS))
+        except OSError:
+            greeting = b""
+    if greeting[3:4] != _HTTP2_SETTINGS[3:4]:
+        raise UserError(f"--ray-address {address}: what listens there is not Ray; {advice}")
 
 
 def run_ray(job: Job, shards: Sequence[int], events: Events) -> Account:

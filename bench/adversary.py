@@ -1,0 +1,200 @@
+"""What the adversary of Eq. 5 asks the generator for, on the miniature: how much of its gradient is about backgrounds.
+
+    .venv/bin/python bench/adversary.py
+
+Discriminators are trained on images of the base generator, which stays as it is. Then the gradient of the generator's
+loss with respect to the images' unit CLIP features is compared with the direction in which the background that goes
+with a class sets its images apart (found with the fair world's images). Writes bench/results/adversary.{json,md}.
+"""
+
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+from ubgen.classes import load_classes
+from ubgen.config import load_recipe
+from ubgen.miniature.shapes import CLASSES
+from ubgen.miniature.world import biased_scene, fair_world, render_many
+from ubgen.rewards import (
+    Centre,
+    Clip,
+    Discriminator,
+    discriminator_loss,
+    draw_negatives,
+    entire_alignment_loss,
+)
+from ubgen.train import TrainConfig
+from ubgen.train.players import load_players
+from ubgen.train.stream import draw_batch
+from ubgen.train.update import warmup_features
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A discriminator."""
+
+    features: Literal["raw", "normalised", "centred"]
+    hidden: int
+    lr: float
+    weight_decay: float
+
+
+KINDS = (
+    Kind("raw", 3, 1e-4, 30.0),
+    Kind("raw", 64, 1e-4, 30.0),
+    Kind("normalised", 3, 1e-3, 0.01),
+    Kind("normalised", 64, 1e-3, 0.01),
+    Kind("centred", 3, 1e-3, 10.0),
+    Kind("centred", 64, 1e-3, 10.0),
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the adversary's gradient asks for."""
+
+    out: Path = Path("bench/results")
+    """Directory of the figures."""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 42)
+    """Seeds of the discriminators."""
+    updates: tuple[int, ...] = (10, 120)
+    """After how many updates of 16 images to look."""
+    batches: int = 40
+    """Batches of 32 images of the base generator."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """After `updates` updates."""
+
+    kind: Kind
+    seed: int
+    updates: int
+    loss: float
+    """The discriminator's; 0.69 is chance."""
+    gradient: float
+    """Mean length of the gradient on a unit feature."""
+    away_from_bias: float
+    """Mean cosine of what the gradient asks for and of leaving the background that goes with the class."""
+
+
+def base_features(config: TrainConfig, batches: int) -> tuple[Tensor, Tensor, Tensor]:
+    """CLIP features of the base generator's images (N, D), their classes (N,), features of the class names."""
+    classes = load_classes(config.classes)
+    players = load_players(config, classes, torch.device("cpu"))
+    assert players.clip is not None
+    features, labels = [], []
+    for update in track(range(batches), description="base generator"):
+        batch = draw_batch(
+            config, classes.names, players.sd.latent_shape(), "warmup", update, 32, rank=0, processes=1
+        )
+        features.append(warmup_features(players, config, batch))
+        labels.append(batch.classes_B)
+    return torch.cat(features), torch.cat(labels), players.clip.encode_text(classes.names).float()
+
+
+def bias_directions(clip: Clip, names: tuple[str, ...], count: int = 3000) -> Tensor:
+    """(classes, D), of length 1: a class's mean image on its own background, less that on any, in the fair world."""
+    labels = tuple(CLASSES.index(name) for name in names)
+    images, factors = render_many(fair_world(classes=labels), count, seed=7)
+    parts = torch.from_numpy(images).permute(0, 3, 1, 2).split(128)
+    with torch.no_grad():
+        unit = F.normalize(
+            torch.cat([clip.encode_image(part.float() / 255).float() for part in parts]), dim=1
+        )
+    label = torch.tensor([f.label for f in factors])
+    scene = torch.tensor([f.scene for f in factors])
+    own = [unit[(label == k) & (scene == biased_scene(k))].mean(0) - unit[label == k].mean(0) for k in labels]
+    return F.normalize(torch.stack(own), dim=1)
+
+
+def looks(
+    kind: Kind, seed: int, at: tuple[int, ...], images_ND: Tensor, labels_N: Tensor, names: tuple[str, ...],
+    texts_CD: Tensor, bias_CD: Tensor,
+) -> list[Look]:  # fmt: skip
+    """Train one discriminator on the images, 16 at a time, and look at it after each of `at` updates."""
+    torch.manual_seed(seed)
+    form = "normalised" if kind.features == "normalised" else "raw"
+    network = Discriminator(images_ND.shape[1], kind.hidden, features=form)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=kind.lr, betas=(0.0, 0.999), weight_decay=kind.weight_decay
+    )
+    centre = Centre(images_ND.shape[1])
+    centre.observe(images_ND)
+    see = centre.images if kind.features == "centred" else torch.nn.Identity()
+    texts = Centre.texts(texts_CD) if kind.features == "centred" else texts_CD
+    draws, found = torch.Generator().manual_seed(seed), []
+    for update in range(max(at)):
+        rows = torch.arange(update * 16, update * 16 + 16) % len(images_ND)
+        negatives = draw_negatives(labels_N[rows], names, draws)
+        loss = discriminator_loss(network, see(images_ND[rows]), texts[negatives])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if update + 1 in at:
+            images = images_ND.clone().requires_grad_(True)
+            entire = entire_alignment_loss(network, see(images)) * len(images)
+            (gradient,) = torch.autograd.grad(entire, images)
+            gradient = gradient * images_ND.norm(dim=1, keepdim=True)  # on the unit feature
+            cosine = F.cosine_similarity(gradient, bias_CD[labels_N], dim=1)  # the generator goes against it
+            length = gradient.norm(dim=1).mean().item()
+            found.append(Look(kind, seed, update + 1, loss.item(), length, cosine.mean().item()))
+    return found
+
+
+def report(found: list[Look], given: Arguments) -> str:
+    head = f"""# What the adversary asks the generator for
+
+`python bench/adversary.py`: discriminators of {len(given.seeds)} seeds ({", ".join(map(str, given.seeds))}), trained on
+{32 * given.batches} images of the miniature's base generator with the recipe's sampler. Each cell: smallest, median
+and largest of the seeds. "Away from bias": the cosine of what the gradient asks of an image with leaving the background
+that goes with its class; 0 is a direction that has nothing to do with it.
+
+| features | hidden | updates | loss (chance: 0.69) | length of the gradient | away from bias |
+| --- | --- | --- | --- | --- | --- |
+"""
+    lines = []
+    for kind in KINDS:
+        for updates in given.updates:
+            rows = [look for look in found if look.kind == kind and look.updates == updates]
+            cells = []
+            for name, form in (("loss", ".2f"), ("gradient", ".1f"), ("away_from_bias", "+.2f")):
+                values = sorted(getattr(row, name) for row in rows)
+                cells.append(
+                    ", ".join(f"{v:{form}}" for v in (values[0], values[len(values) // 2], values[-1]))
+                )
+            lines.append(f"| {kind.features} | {kind.hidden} | {updates} | {' | '.join(cells)} |")
+    when = time.strftime("%Y-%m-%d")
+    return f"{head}{chr(10).join(lines)}\n\n{platform.machine()}, torch {torch.__version__}, {when}.\n"
+
+
+def main() -> None:
+    given = tyro.cli(Arguments)
+    config = load_recipe("miniature", TrainConfig)
+    names = load_classes(config.classes).names
+    images, labels, texts = base_features(config, given.batches)
+    bias = bias_directions(Clip.load(config.networks.clip), names)
+    found = [
+        look
+        for kind in KINDS
+        for seed in given.seeds
+        for look in looks(kind, seed, given.updates, images, labels, names, texts, bias)
+    ]
+    text = report(found, given)
+    (given.out / "adversary.md").write_text(text)
+    (given.out / "adversary.json").write_text(json.dumps([asdict(look) for look in found], indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
