@@ -9,9 +9,9 @@ MAKEFLAGS += --no-print-directory
 
 .PHONY: test slow quickstart install lint format kernels sanitize clean
 
-# One process per core, each with one thread: small networks gain little from a second thread.
+# One process per core, each with one thread: small networks gain little from a second thread. Slow folders come first.
 test: lint kernels sanitize
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu and not slow" --numprocesses auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu and not slow" --numprocesses auto --dist loadscope --no-loadscope-reorder
 
 slow: install
 	$(BIN)/pytest -m "slow and not gpu"

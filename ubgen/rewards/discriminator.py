@@ -54,6 +54,9 @@ class Centre(nn.Module):
     that moves as a whole is seen.
     """
 
+    total: Tensor
+    count: Tensor
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.register_buffer("total", torch.zeros(dim, dtype=torch.float64))
