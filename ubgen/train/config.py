@@ -126,7 +126,7 @@ class DiscriminatorConfig:
     slope: float = 0.2
     """Slope of the LeakyReLU."""
     features: Literal["raw", "normalised", "centred"] = "raw"
-    """CLIP features as they come, L2-normalised, or also without the gap between images and texts (see Centre)."""
+    """CLIP features as they come, L2-normalised, or also less the mean of their side, which a warm-up finds."""
     lr: float = 1e-5
     """Learning rate, constant."""
     betas: tuple[float, float] = (0.0, 0.999)

@@ -24,9 +24,8 @@ _POLL = 0.5
 _LOOK_AROUND = 5.0  # seconds between two looks at what the cluster has
 _PATIENCE = 60.0  # seconds in which the desk must answer
 _ANSWER = 5.0  # seconds in which a cluster's machine must
-_HTTP2_SETTINGS = bytes(
-    [0, 0, 0, 4, 0, 0, 0, 0, 0]
-)  # an empty frame of type 4, with which each side begins (RFC 9113)
+# what gRPC runs on begins with a frame of type 4 from each side (RFC 9113); an empty one
+_HTTP2_SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _HTTP2_SETTINGS
 _HOST_PORT = re.compile(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d+)")
 
