@@ -10,7 +10,7 @@ with a class sets its images apart (found with the fair world's images). Writes 
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,18 +24,11 @@ from ubgen.classes import load_classes
 from ubgen.config import load_recipe
 from ubgen.miniature.shapes import CLASSES
 from ubgen.miniature.world import biased_scene, fair_world, render_many
-from ubgen.rewards import (
-    Centre,
-    Clip,
-    Discriminator,
-    discriminator_loss,
-    draw_negatives,
-    entire_alignment_loss,
-)
+from ubgen.rewards import Clip, draw_negatives, entire_alignment_loss
 from ubgen.train import TrainConfig
-from ubgen.train.players import load_players
+from ubgen.train.players import load_players, make_adversary
 from ubgen.train.stream import draw_batch
-from ubgen.train.update import warmup_features
+from ubgen.train.update import discriminator_update, warmup_features
 
 
 @dataclass(frozen=True)
@@ -87,11 +80,10 @@ class Look:
     """Mean cosine of what the gradient asks for and of leaving the background that goes with the class."""
 
 
-def base_features(config: TrainConfig, batches: int) -> tuple[Tensor, Tensor, Tensor]:
-    """CLIP features of the base generator's images (N, D), their classes (N,), features of the class names."""
+def base_features(config: TrainConfig, batches: int) -> tuple[Tensor, Tensor]:
+    """CLIP features of the base generator's images (N, D), and their classes (N,)."""
     classes = load_classes(config.classes)
     players = load_players(config, classes, torch.device("cpu"))
-    assert players.clip is not None
     features, labels = [], []
     for update in track(range(batches), description="base generator"):
         batch = draw_batch(
@@ -99,7 +91,7 @@ def base_features(config: TrainConfig, batches: int) -> tuple[Tensor, Tensor, Te
         )
         features.append(warmup_features(players, config, batch))
         labels.append(batch.classes_B)
-    return torch.cat(features), torch.cat(labels), players.clip.encode_text(classes.names).float()
+    return torch.cat(features), torch.cat(labels)
 
 
 def bias_directions(clip: Clip, names: tuple[str, ...], count: int = 3000) -> Tensor:
@@ -118,37 +110,29 @@ def bias_directions(clip: Clip, names: tuple[str, ...], count: int = 3000) -> Te
 
 
 def looks(
-    kind: Kind, seed: int, at: tuple[int, ...], images_ND: Tensor, labels_N: Tensor, names: tuple[str, ...],
-    texts_CD: Tensor, bias_CD: Tensor,
+    kind: Kind, seed: int, at: tuple[int, ...], images_ND: Tensor, labels_N: Tensor,
+    config: TrainConfig, clip: Clip, bias_CD: Tensor,
 ) -> list[Look]:  # fmt: skip
     """Train one discriminator on the images, 16 at a time, and look at it after each of `at` updates."""
-    torch.manual_seed(seed)
-    form = "normalised" if kind.features == "normalised" else "raw"
-    network = Discriminator(images_ND.shape[1], kind.hidden, features=form)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=kind.lr, betas=(0.0, 0.999), weight_decay=kind.weight_decay
-    )
-    centre = Centre(images_ND.shape[1])
-    centre.observe(images_ND)
-    see = centre.images if kind.features == "centred" else torch.nn.Identity()
-    texts = Centre.texts(texts_CD) if kind.features == "centred" else texts_CD
+    config = replace(config, seed=seed, discriminator=replace(config.discriminator, **asdict(kind)))
+    classes = load_classes(config.classes)
+    adversary = make_adversary(config, clip, classes, torch.device("cpu"))
+    assert adversary is not None
+    if adversary.centre is not None:
+        adversary.centre.observe(images_ND)
     draws, found = torch.Generator().manual_seed(seed), []
     for update in range(max(at)):
         rows = torch.arange(update * 16, update * 16 + 16) % len(images_ND)
-        negatives = draw_negatives(labels_N[rows], names, draws)
-        loss = discriminator_loss(network, see(images_ND[rows]), texts[negatives])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        negatives = draw_negatives(labels_N[rows], classes.names, draws)
+        loss = discriminator_update(adversary, config, images_ND[rows], negatives)["discriminator_loss"]
         if update + 1 in at:
             images = images_ND.clone().requires_grad_(True)
-            entire = entire_alignment_loss(network, see(images)) * len(images)
+            entire = entire_alignment_loss(adversary.network, adversary.see(images)) * len(images)
             (gradient,) = torch.autograd.grad(entire, images)
             gradient = gradient * images_ND.norm(dim=1, keepdim=True)  # on the unit feature
             cosine = F.cosine_similarity(gradient, bias_CD[labels_N], dim=1)  # the generator goes against it
             length = gradient.norm(dim=1).mean().item()
-            found.append(Look(kind, seed, update + 1, loss.item(), length, cosine.mean().item()))
+            found.append(Look(kind, seed, update + 1, loss, length, cosine.mean().item()))
     return found
 
 
@@ -182,13 +166,14 @@ def main() -> None:
     given = tyro.cli(Arguments)
     config = load_recipe("miniature", TrainConfig)
     names = load_classes(config.classes).names
-    images, labels, texts = base_features(config, given.batches)
-    bias = bias_directions(Clip.load(config.networks.clip), names)
+    images, labels = base_features(config, given.batches)
+    clip = Clip.load(config.networks.clip)
+    bias = bias_directions(clip, names)
     found = [
         look
         for kind in KINDS
         for seed in given.seeds
-        for look in looks(kind, seed, given.updates, images, labels, names, texts, bias)
+        for look in looks(kind, seed, given.updates, images, labels, config, clip, bias)
     ]
     text = report(found, given)
     (given.out / "adversary.md").write_text(text)

@@ -113,7 +113,7 @@ def load_players(config: TrainConfig, classes: ClassList, device: torch.device) 
         lora=lora,
         generator_optimizer=_adamw(lora, config.generator),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        adversary=_make_adversary(config, clip, classes, device),
+        adversary=make_adversary(config, clip, classes, device),
         prompts_NSD=torch.cat([encode_prompts(sd, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]),
         uncond_1SD=encode_prompts(sd, [""]),
         descriptions_ND=None if clip is None else clip.encode_text(descriptions).float(),
@@ -146,9 +146,10 @@ def _load_rewards(
     return clip, qalign
 
 
-def _make_adversary(
+def make_adversary(
     config: TrainConfig, clip: Clip | None, classes: ClassList, device: torch.device
 ) -> Adversary | None:
+    """A fresh discriminator with its optimiser and its texts; None where the game is not played."""
     if not discriminator_in_play(config.losses) or clip is None:
         return None
     if len(set(classes.names)) < 2:
