@@ -149,7 +149,9 @@ def test_a_damaged_checkpoint_is_named(config: TrainConfig, tmp_path: Path) -> N
         train(config, out)
 
 
+@pytest.mark.parametrize("features", ["raw", "centred"])
 def test_two_processes_end_where_one_does(
+    features: str,
     config: TrainConfig,
     change: Callable[..., TrainConfig],
     write_recipe: Callable[[TrainConfig, Path], Path],
@@ -157,7 +159,7 @@ def test_two_processes_end_where_one_does(
 ) -> None:
     """Images belong to their place in the run, so sharing them changes the rounding only."""
     every_step = change(config, "rollout", grad_steps=4)
-    every_step = change(every_step, "discriminator", features="centred")  # whose centre is everyone's
+    every_step = change(every_step, "discriminator", features=features)  # a centre is everyone's
     train(every_step, tmp_path / "one")
     recipe = write_recipe(dataclasses.replace(every_step, batch_size=1), tmp_path / "recipe.toml")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
