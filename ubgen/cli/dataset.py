@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -19,13 +19,13 @@ from ubgen.dataset.convert import Format
 from ubgen.dataset.convert import convert as convert_dataset
 from ubgen.dataset.diff import Difference, check_tolerance
 from ubgen.dataset.diff import diff as compare
-from ubgen.dataset.pictures import write_pictures
+from ubgen.dataset.pictures import SHEETS_BY_ITSELF, write_pictures
 from ubgen.dataset.stats import dataset_stats
 from ubgen.dataset.text import plain, score_titles
 from ubgen.dataset.verify import Verified
 from ubgen.dataset.verify import repair as take_damaged_away
 from ubgen.dataset.verify import verify as check
-from ubgen.errors import run
+from ubgen.errors import UserError, run
 from ubgen.synth import audit as render_again
 
 _DIFFERENT = 1  # exit status of `verify` for a damaged dataset, and of `diff` for different ones
@@ -74,13 +74,20 @@ def verify(
         _fail(_damage(dataset, result, deleted))
 
 
-def stats(dataset: tyro.conf.Positional[str], out: str | None = None) -> None:
+def stats(
+    dataset: tyro.conf.Positional[str],
+    out: str | None = None,
+    sheets: int | Literal["all"] = SHEETS_BY_ITSELF,
+) -> None:
     """Counts, rejections and the distribution of the scores.
 
     Args:
         dataset: Directory or URL of a ubgen dataset; an unfinished one is read as far as it got.
         out: Directory or URL for stats.json, contact sheets and histograms.
+        sheets: Classes that get a contact sheet of their own there: those with the lowest mean score, or "all".
     """
+    if sheets != "all" and sheets < 0:
+        raise UserError(f"--sheets must be at least 0, or all, not {sheets}")
     opened = open_dataset(dataset, partial=True)
     result = dataset_stats(opened)
     console = Console()
@@ -90,7 +97,7 @@ def stats(dataset: tyro.conf.Positional[str], out: str | None = None) -> None:
         if store.local_path:
             store.local_path.mkdir(parents=True, exist_ok=True)
         store.write("stats.json", json.dumps(result, indent=1) + "\n")
-        pictures = write_pictures(opened, store, stats=result)
+        pictures = write_pictures(opened, store, stats=result, sheets=None if sheets == "all" else sheets)
         console.print(f"stats.json and {len(pictures)} pictures in {out}", highlight=False, markup=False)
 
 

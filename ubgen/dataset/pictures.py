@@ -21,11 +21,13 @@ from ubgen.storage import Store, open_store
 
 SHEET = "contact-sheet.png"
 SHEETS = "contact-sheets"
+SHEETS_BY_ITSELF = 100
+"""Class sheets of a finished dataset: a thousand would be 64,000 images to read, from object storage too."""
 SCORES = "scores.png"
 THROUGHPUT = "throughput.png"
 _CHARTS = {"scores": SCORES, "throughput": THROUGHPUT}
 _ROWS, _COLUMNS = 40, 8
-_PER_CLASS, _MOST_CLASSES = 64, 100
+_PER_CLASS = 64
 _CELL, _LABEL, _GAP, _HEADER = 96, 190, 4, 50
 _READERS = 8
 
@@ -35,17 +37,19 @@ def write_pictures(
     out: str | Path | Store,
     throughput: Sequence[tuple[float, int]] | None = None,
     stats: Mapping[str, Any] | None = None,
+    sheets: int | None = SHEETS_BY_ITSELF,
 ) -> list[str]:
     """Names of the PNG files written to `out`.
 
     contact-sheet.png: the first 8 images of the first 40 classes. contact-sheets/ID.png: the first 64 images of a
-    class; of more than 100 classes, only of the 100 with the lowest mean score, as each sheet says. scores.png:
-    histograms of the scores, and the classes' means. throughput.png: from `throughput`, pairs of seconds since the
-    start and images done by then. `stats` is what `dataset_stats` gave for `dataset`, if the caller has it.
+    class; of more than `sheets` classes, only of that many with the lowest mean score, as each sheet says; None: of
+    all. scores.png: histograms of the scores, and the classes' means. throughput.png: from `throughput`, pairs of
+    seconds since the start and images done by then. `stats` is what `dataset_stats` gave for `dataset`, if the caller
+    has it.
     """
     store = open_store(out)
     stats = stats or dataset_stats(dataset)
-    chosen, note = _chosen_classes(stats)
+    chosen, note = _chosen_classes(stats, sheets)
     places = _first_images(dataset, {*chosen, *range(min(len(dataset.classes), _ROWS))})
     with ThreadPoolExecutor(_READERS) as readers:
         _write_png(store, SHEET, _overview(dataset, places, readers))
@@ -65,20 +69,20 @@ def directory_in(store: Store, name: str) -> Store:
     return inner
 
 
-def _chosen_classes(stats: Mapping[str, Any]) -> tuple[list[int], str]:
+def _chosen_classes(stats: Mapping[str, Any], most: int | None) -> tuple[list[int], str]:
     """The classes that get a sheet of their own, and why these if not all do."""
     classes = len(stats["class_counts"])
     scores = [
         name for name in ("quality", *stats["scores"]) if name in stats["scores"] and stats[name]["count"]
     ]
-    if classes <= _MOST_CLASSES:
+    if most is None or classes <= most:
         return list(range(classes)), ""
     if not scores:
-        return list(range(_MOST_CLASSES)), f"one of the first {_MOST_CLASSES} of {classes} classes"
+        return list(range(most)), f"one of the first {most} of {classes} classes"
     means = [np.inf if mean is None else mean for mean in stats[scores[0]]["class_means"]]
-    lowest = np.argsort(means, kind="stable")[:_MOST_CLASSES]
+    lowest = np.argsort(means, kind="stable")[:most]
     title = score_titles(scores[0])[0]
-    return lowest.tolist(), f"one of the {_MOST_CLASSES} of {classes} classes with the lowest mean {title}"
+    return lowest.tolist(), f"one of the {most} of {classes} classes with the lowest mean {title}"
 
 
 def _first_images(dataset: ShardDataset, classes: set[int]) -> dict[int, list[int]]:

@@ -69,6 +69,14 @@ def test_stats(jpegs: Path, tmp_path: Path, run: Run) -> None:
     }
 
 
+@pytest.mark.parametrize(("asked", "drawn"), [("2", 2), ("0", 0), ("all", 4)])
+def test_stats_draws_as_many_sheets_as_asked(
+    jpegs: Path, tmp_path: Path, run: Run, asked: str, drawn: int
+) -> None:
+    assert run("stats", jpegs, "--out", tmp_path, "--sheets", asked)[0] == 0
+    assert len(list((tmp_path / "contact-sheets").iterdir())) == drawn
+
+
 def test_diff(jpegs: Path, datasets_by_extension: Callable[[str], Path], tmp_path: Path, run: Run) -> None:
     assert run("diff", jpegs, jpegs)[0] == 0
     pngs = datasets_by_extension("png")
@@ -98,6 +106,7 @@ def test_convert(jpegs: Path, tmp_path: Path, run: Run) -> None:
     [
         ("verify D --workers -1", "--workers must be at least 1, not -1"),
         ("verify D --workers 0", "--workers must be at least 1, not 0"),
+        ("stats D --sheets -1", "--sheets must be at least 0, or all, not -1"),
         ("diff D D --share 2", "--share must lie in 0..1, such as 0.999, not 2"),
         ("diff D D --share nan", "--share must lie in 0..1"),
         ("diff D D --tolerance-levels -1", "--tolerance-levels must lie in 0..255, not -1"),

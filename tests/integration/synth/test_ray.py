@@ -1,11 +1,14 @@
-"""A full disk, met by workers of a Ray cluster."""
+"""What may happen to a run on a Ray cluster: a full disk, machines that come and go."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -13,7 +16,28 @@ from ubgen.synth import synthesise
 
 pytest.importorskip("ray")
 
-SCRIPT = Path(__file__).with_name("full_disk_on_ray.py")
+
+def engine(root: Path) -> Path:
+    """A directory that names no engine."""
+    path = root / "engine"
+    path.mkdir()
+    about = {"stage": "export", "engine": {"key": "sha256:none"}, "inputs": {}}
+    (path / "manifest.json").write_text(json.dumps(about), encoding="utf-8")
+    return path
+
+
+def told(script: str, root: Path) -> tuple[Any, str]:
+    """What a script beside this file printed, and its standard error."""
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name(script), root],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout), result.stderr
 
 
 def shards(out: Path) -> dict[str, bytes]:
@@ -23,26 +47,25 @@ def shards(out: Path) -> dict[str, bytes]:
 def test_a_full_disk_ends_the_run_with_one_line_and_it_continues(
     stand_ins: ModuleType, tmp_path: Path
 ) -> None:
-    engine = tmp_path / "engine"
-    engine.mkdir()
-    about = {"stage": "export", "engine": {"key": "sha256:none"}, "inputs": {}}
-    (engine / "manifest.json").write_text(json.dumps(about), encoding="utf-8")
-    synthesise(stand_ins.config(tmp_path / "local", engine), chain=lambda *_: stand_ins.FromIdentities())
-    result = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
-    )
-    assert result.returncode == 0, result.stderr
-    full, continued = json.loads(result.stdout)
+    settings = stand_ins.config(tmp_path / "local", engine(tmp_path))
+    synthesise(settings, chain=lambda *_: stand_ins.FromIdentities())
+    (full, continued), stderr = told("full_disk_on_ray.py", tmp_path)
     assert full["status"] == 2
-    assert "Traceback" not in result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in stderr
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: the disk is full ({tmp_path}/out/shard-00000")
     assert line.endswith("free some space and run the same command again to continue")
     assert 0 < len(full["finished"]) < len(continued["finished"])
     assert continued["status"] == 0
     assert shards(tmp_path / "out") == shards(tmp_path / "local")  # and no temporary files
+
+
+def test_a_machine_joins_and_is_taken_away(stand_ins: ModuleType, tmp_path: Path) -> None:
+    settings = replace(stand_ins.config(tmp_path / "local", engine(tmp_path)), shard_size=8)
+    synthesise(settings, chain=lambda *_: stand_ins.FromIdentities())
+    found, _ = told("nodes_on_ray.py", tmp_path)
+    alone, together, finished = found["shards"]
+    assert 0 < alone < together < finished
+    (line,) = found["said"]
+    assert re.fullmatch(r"worker 2 is gone; its [1-9] shards are begun again", line)
+    assert shards(tmp_path / "out") == shards(tmp_path / "local")

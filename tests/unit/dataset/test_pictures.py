@@ -59,6 +59,8 @@ def test_of_many_classes_the_worst_are_drawn(tmp_path: Path, make: Callable[...,
     (stale / "gone.png").write_bytes(b"")
     write_pictures(open_dataset(out), out)
     assert {p.name for p in stale.iterdir()} == {f"n{i:03d}.png" for i in range(30, 130)}
+    write_pictures(open_dataset(out), out, sheets=None)
+    assert {p.name for p in stale.iterdir()} == {f"n{i:03d}.png" for i in range(130)}
 
 
 def test_charts_are_the_same_from_another_process(tmp_path: Path, make: Callable[..., Path]) -> None:
