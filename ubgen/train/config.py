@@ -25,6 +25,7 @@ _POSITIVE = (
     "generator.clip",  # below 0 it would turn the gradient round
     "discriminator.hidden",
     "discriminator.lr",
+    "discriminator.warmup_lr",
     "discriminator.eps",
     "discriminator.clip",
     "output.grid_classes",
@@ -128,7 +129,7 @@ class DiscriminatorConfig:
     features: Literal["raw", "normalised", "centred"] = "raw"
     """CLIP features as they come, L2-normalised, or also less the mean of their side, which a warm-up finds."""
     lr: float = 1e-5
-    """Learning rate, constant."""
+    """Learning rate against the generator, constant."""
     betas: tuple[float, float] = (0.0, 0.999)
     """AdamW's betas."""
     weight_decay: float = 1e-2
@@ -141,6 +142,8 @@ class DiscriminatorConfig:
     """Passes over the class list in which the discriminator trains alone, at twice the batch size."""
     warmup_updates: int | None = None
     """Length of that phase in updates; replaces warmup_epochs."""
+    warmup_lr: float | None = None
+    """Learning rate in that phase; lr if not given."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import gather
 from rich.console import Console
+from torch import Tensor
 
 from ubgen.classes import ClassList, load_classes
 from ubgen.config import resolve_path, to_dict
@@ -134,7 +135,8 @@ class Run:
         assert adversary is not None  # without one there is no warm-up
         if adversary.centre is not None:
             adversary.centre.observe(gather(features))
-        return discriminator_update(adversary, self.config, features, batch.negatives_B)
+        settings = self.config.discriminator
+        return self._update_adversary(features, batch, settings.warmup_lr or settings.lr)
 
     def _train_update(self) -> Metrics:
         """The generator first, against the discriminator as it is; then the discriminator, on the same images."""
@@ -144,10 +146,17 @@ class Run:
         average, last = self.players.average, self.warmup + self.updates - self.config.generator.average_last
         if average is not None and self.done >= last:
             average.add()
-        if self.players.adversary is not None and features is not None:
-            metrics |= discriminator_update(self.players.adversary, self.config, features, batch.negatives_B)
-            metrics["discriminator_lr"] = self.config.discriminator.lr
+        if features is not None and self.players.adversary is not None:
+            metrics |= self._update_adversary(features, batch, self.config.discriminator.lr)
         return metrics
+
+    def _update_adversary(self, features: Tensor, batch: Batch, rate: float) -> Metrics:
+        adversary = self.players.adversary
+        assert adversary is not None  # the callers have looked
+        for group in adversary.optimizer.param_groups:
+            group["lr"] = rate  # a checkpoint of the warm-up brings that one's
+        metrics = discriminator_update(adversary, self.config, features, batch.negatives_B)
+        return {**metrics, "discriminator_lr": rate}
 
     def _batch(self, phase: str, update: int, size: int) -> Batch:
         shape, names = self.players.sd.latent_shape(), self.classes.names

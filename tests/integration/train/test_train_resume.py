@@ -63,11 +63,11 @@ def test_the_average_of_the_last_updates_goes_on_too(
     assert (whole / "samples" / "average.png").is_file()
 
 
-def test_the_centre_of_the_images_goes_on_too(
+def test_the_centre_of_the_images_and_the_rates_go_on_too(
     config: TrainConfig, change: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     """Stopped within the warm-up, in which the centre is found, and after it."""
-    centred = change(config, "discriminator", features="centred")
+    centred = change(config, "discriminator", features="centred", warmup_lr=5e-3)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(centred, whole)
     assert [train(centred, parts, stop_after=1) for _ in range(6)] == [False] * 5 + [True]

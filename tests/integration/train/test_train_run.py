@@ -14,7 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ubgen.diffusion import LORA_FILE, load_lora, load_stable_diffusion, lora_parameters
 from ubgen.errors import UserError
 from ubgen.manifest import read_manifest, stage_directory
+from ubgen.rewards import Discriminator
 from ubgen.train import LossConfig, RolloutConfig, TrainConfig, train
+from ubgen.train.checkpoint import DISCRIMINATOR_FILE
 
 Change = Callable[..., TrainConfig]
 
@@ -47,6 +49,19 @@ def test_metrics_tell_the_whole_game(finished: Path) -> None:
     assert (last["generator_lr"], last["discriminator_lr"]) == (1e-3, 1e-3)
     assert last["images_per_second"] > 0
     assert "loss" not in rows[0]
+
+
+def test_the_warm_up_has_a_rate_of_its_own(config: TrainConfig, change: Change, tmp_path: Path) -> None:
+    """AdamW's first steps move a weight by about the rate, whatever the gradient."""
+    out = tmp_path / "run"
+    train(change(config, "discriminator", warmup_lr=1e-2, lr=1e-6, weight_decay=0.0), out)
+    warm, end = (load_file(out / "checkpoints" / step / DISCRIMINATOR_FILE) for step in ("000002", "000006"))
+    torch.manual_seed(config.seed)
+    untrained = Discriminator(16, 3)
+    moved = max(float((warm[name] - value).abs().max()) for name, value in untrained.state_dict().items())
+    assert moved > 5e-3
+    assert 0 < max(float((end[name] - value).abs().max()) for name, value in warm.items()) < 1e-5
+    assert [row["discriminator_lr"] for row in metrics(out)] == [1e-2] * 2 + [1e-6] * 4
 
 
 def test_tensorboard_has_the_same_numbers(finished: Path) -> None:
