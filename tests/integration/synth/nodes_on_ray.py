@@ -1,17 +1,17 @@
 """A machine that joins a Ray cluster in the middle of a run, and is taken away again: `nodes_on_ray.py ROOT`.
 
 The machines are Ray's own nodes for tests: a raylet each, on this machine. The run begins on one, with nobody else
-there. Prints one JSON object: what was said, and how many shards were there when the second machine came, when its
-worker had begun some, and at the end. ROOT holds the engine's directory.
+there. Prints one JSON object, last: what was said, and how many shards were there when the second came and at the
+end. ROOT holds the engine's directory.
 """
 
 import json
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -23,17 +23,9 @@ from ubgen.synth import Watch, synthesise
 from ubgen.synth.plan import Item
 
 ROOT = Path(sys.argv[1])
-OUT, FIRST, JOINED, LEFT = ROOT / "out", ROOT / "first", ROOT / "joined", ROOT / "left"
+OUT, FIRST, WAITS, LEFT = (ROOT / name for name in ("out", "first", "waits", "left"))
 PATIENCE = 100.0
 MACHINE = {"num_cpus": 1, "include_dashboard": False}
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError
-        time.sleep(0.05)
 
 
 def shards() -> int:
@@ -44,21 +36,22 @@ class OnFirstMachine(FromIdentities):
     """Leaves the rest to do when one shard is finished, until the other machine has come and gone."""
 
     def denoise(self, items: Sequence[Item]) -> torch.Tensor:
-        if shards():
-            until(LEFT.exists)
+        while shards() and not LEFT.exists():
+            time.sleep(0.05)
         return super().denoise(items)
 
 
 class OnSecondMachine(FromIdentities):
-    """Its machine is taken away when it has finished a shard and begun another."""
+    """Makes three batches, and waits for its machine to be taken away."""
 
     def __init__(self) -> None:
-        self._before = shards()
+        self._batches = 0
 
     def denoise(self, items: Sequence[Item]) -> torch.Tensor:
-        if shards() > self._before:
-            JOINED.touch()
-            until(LEFT.exists)
+        self._batches += 1
+        if self._batches > 3:
+            WAITS.touch()
+            time.sleep(PATIENCE)
         return super().denoise(items)
 
 
@@ -67,30 +60,36 @@ def chain(*_: object) -> FromIdentities:
     return OnFirstMachine() if here == FIRST.read_text() else OnSecondMachine()
 
 
-def come_and_go(cluster: Cluster, seen: dict[str, int]) -> None:
-    until(shards)
-    seen["alone"] = shards()
-    second = cluster.add_node(**MACHINE)
-    until(JOINED.exists)
-    seen["together"] = shards()
-    cluster.remove_node(second, allow_graceful=False)
-    LEFT.touch()
+class Machines:
+    """Called when the run has got on: the second machine comes when a shard is finished, and goes when it waits."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._second: Any = None
+        self.alone = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._second is None and shards():
+            self.alone = shards()
+            self._second = self._cluster.add_node(**MACHINE)
+        elif WAITS.exists() and not LEFT.exists():
+            self._cluster.remove_node(self._second, allow_graceful=False)
+            LEFT.touch()
 
 
 def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args=MACHINE)
     FIRST.write_text(cluster.head_node.node_id)
     said: list[str] = []
-    seen: dict[str, int] = {}
-    machines = threading.Thread(target=come_and_go, args=(cluster, seen), daemon=True)
+    machines = Machines(cluster)
     try:
-        machines.start()
         settings = replace(config(OUT, ROOT / "engine"), shard_size=8)
         synthesise(
-            replace(settings, executor="ray", ray_address=cluster.address), Watch(say=said.append), chain
+            replace(settings, executor="ray", ray_address=cluster.address),
+            Watch(machines, said.append),
+            chain,
         )
-        machines.join()
-        print(json.dumps({"said": said, "shards": [*seen.values(), len(list(finished_shards(OUT)))]}))
+        print(json.dumps({"said": said, "shards": [machines.alone, len(list(finished_shards(OUT)))]}))
     finally:
         cluster.shutdown()
 

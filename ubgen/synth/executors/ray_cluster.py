@@ -223,6 +223,7 @@ class _Cluster:
         lost = self._ray.get(self._desk.release.remote(name), timeout=_PATIENCE)
         self._waiting += len(lost)
         self._deaths += 1
+        self._looked = -_LOOK_AROUND  # its node may be gone too: no worker is to be sent there
         if self._deaths >= DEATHS + self._wanted:
             raise UserError(
                 f"{self._deaths} workers died one after the other and no shard was finished in between "
