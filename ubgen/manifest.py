@@ -103,6 +103,7 @@ class StageDirectory:
         """Write the manifest, as the last file: config, versions, device, and the hash of every input."""
         if not self.lock.exclusive:
             raise RuntimeError("a stage directory that is shared cannot be finished")
+        self.store.delete_leftovers()  # of workers that died on the way
         manifest = {
             "stage": self.stage,
             "config": dict(self.config),
