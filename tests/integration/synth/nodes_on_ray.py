@@ -6,12 +6,12 @@ end. ROOT holds the engine's directory.
 """
 
 import json
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ray
 import torch
@@ -36,6 +36,7 @@ class OnFirstMachine(FromIdentities):
     """Leaves the rest to do when one shard is finished, until the other machine has come and gone."""
 
     def denoise(self, items: Sequence[Item]) -> torch.Tensor:
+        time.sleep(0.1)  # there must be something left when the first shard is on the disk
         while shards() and not LEFT.exists():
             time.sleep(0.05)
         return super().denoise(items)
@@ -60,39 +61,38 @@ def chain(*_: object) -> FromIdentities:
     return OnFirstMachine() if here == FIRST.read_text() else OnSecondMachine()
 
 
-class Machines:
-    """Called when the run has got on: the second machine comes when a shard is finished, and goes when it waits."""
+def until(condition: Callable[[], object], run: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert run.poll() is None, "the run ended before its time"
+        time.sleep(0.05)
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-        self._second: Any = None
-        self.alone = 0
 
-    def __call__(self, done: int, total: int) -> None:
-        if self._second is None and shards():
-            self.alone = shards()
-            self._second = self._cluster.add_node(**MACHINE)
-        elif WAITS.exists() and not LEFT.exists():
-            self._cluster.remove_node(self._second, allow_graceful=False)
-            LEFT.touch()
+def run(address: str) -> None:
+    """In a process of its own: Ray starts a node in a main thread only."""
+    said: list[str] = []
+    settings = replace(config(OUT, ROOT / "engine"), per_class=30, shard_size=8)
+    synthesise(replace(settings, executor="ray", ray_address=address), Watch(say=said.append), chain)
+    print(json.dumps(said))
 
 
 def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args=MACHINE)
     FIRST.write_text(cluster.head_node.node_id)
-    said: list[str] = []
-    machines = Machines(cluster)
+    command = [sys.executable, __file__, str(ROOT), cluster.address]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        settings = replace(config(OUT, ROOT / "engine"), shard_size=8)
-        synthesise(
-            replace(settings, executor="ray", ray_address=cluster.address),
-            Watch(machines, said.append),
-            chain,
-        )
-        print(json.dumps({"said": said, "shards": [machines.alone, len(list(finished_shards(OUT)))]}))
+        until(shards, process)
+        alone = shards()
+        second = cluster.add_node(**MACHINE)
+        until(WAITS.exists, process)
+        cluster.remove_node(second, allow_graceful=False)
+        LEFT.touch()
+        said = json.loads(process.communicate()[0].splitlines()[-1])
+        print(json.dumps({"said": said, "shards": [alone, len(list(finished_shards(OUT)))]}))
     finally:
+        process.kill()
         cluster.shutdown()
 
 
 if __name__ == "__main__":
-    main()
+    run(*sys.argv[2:]) if sys.argv[2:] else main()
