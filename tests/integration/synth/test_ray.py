@@ -17,6 +17,13 @@ from ubgen.synth import synthesise
 pytest.importorskip("ray")
 
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_worker_niceness": "0",  # 15 by default: beside other tests they would hardly run
+}
+
+
 def engine(root: Path) -> Path:
     """A directory that names no engine."""
     path = root / "engine"
@@ -34,7 +41,7 @@ def told(script: str, root: Path) -> tuple[Any, str]:
         text=True,
         check=False,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
+        env={**os.environ, **ENVIRONMENT},
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1]), result.stderr

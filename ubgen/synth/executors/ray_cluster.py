@@ -23,6 +23,7 @@ from ubgen.synth.worker import Links, work
 _POLL = 0.5
 _LOOK_AROUND = 5.0  # seconds between two looks at what the cluster has
 _PATIENCE = 60.0  # seconds in which the desk must answer
+_START = 600.0  # seconds in which it must be there: a busy machine imports PyTorch from a network file system
 _ANSWER = 5.0  # seconds in which a cluster's machine must
 # what gRPC runs on begins with a frame of type 4 from each side (RFC 9113); an empty one
 _HTTP2_SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
@@ -154,6 +155,7 @@ class _Cluster:
         self._events = events
         self._gpu = job.config.resolved_device().startswith("cuda")
         self._desk = ray.remote(num_cpus=0)(Desk).remote(list(shards))
+        ray.get(self._desk.news.remote(), timeout=_START)
         self._alive: dict[Any, tuple[str, Any]] = {}
         self._account = Account()
         self._waiting = len(shards)
