@@ -19,7 +19,7 @@ from ubgen.dataset.convert import Format
 from ubgen.dataset.convert import convert as convert_dataset
 from ubgen.dataset.diff import Difference, check_tolerance
 from ubgen.dataset.diff import diff as compare
-from ubgen.dataset.pictures import SHEETS_BY_ITSELF, write_pictures
+from ubgen.dataset.pictures import DEFAULT_SHEETS, write_pictures
 from ubgen.dataset.stats import dataset_stats
 from ubgen.dataset.text import plain, score_titles
 from ubgen.dataset.verify import Verified
@@ -77,7 +77,7 @@ def verify(
 def stats(
     dataset: tyro.conf.Positional[str],
     out: str | None = None,
-    sheets: int | Literal["all"] = SHEETS_BY_ITSELF,
+    sheets: int | Literal["all"] = DEFAULT_SHEETS,
 ) -> None:
     """Counts, rejections and the distribution of the scores.
 

@@ -21,8 +21,8 @@ from ubgen.storage import Store, open_store
 
 SHEET = "contact-sheet.png"
 SHEETS = "contact-sheets"
-SHEETS_BY_ITSELF = 100
-"""Class sheets of a finished dataset: a thousand would be 64,000 images to read, from object storage too."""
+DEFAULT_SHEETS = 100
+"""Class sheets, if nobody says how many: a thousand would be 64,000 images to read, from object storage too."""
 SCORES = "scores.png"
 THROUGHPUT = "throughput.png"
 _CHARTS = {"scores": SCORES, "throughput": THROUGHPUT}
@@ -37,7 +37,7 @@ def write_pictures(
     out: str | Path | Store,
     throughput: Sequence[tuple[float, int]] | None = None,
     stats: Mapping[str, Any] | None = None,
-    sheets: int | None = SHEETS_BY_ITSELF,
+    sheets: int | None = DEFAULT_SHEETS,
 ) -> list[str]:
     """Names of the PNG files written to `out`.
 

@@ -16,7 +16,13 @@ from ubgen.manifest import held_directory
 from ubgen.train.checkpoint import list_checkpoints, restore_checkpoint, save_checkpoint, save_players
 from ubgen.train.config import TrainConfig, validate
 from ubgen.train.directory import CHECKPOINTS, CLASSES_FILE, SAMPLES, check_directory, prepare_directory
-from ubgen.train.players import discriminator_in_play, load_players, networks_needed, require_networks
+from ubgen.train.players import (
+    Adversary,
+    discriminator_in_play,
+    load_players,
+    networks_needed,
+    require_networks,
+)
 from ubgen.train.progress import progress
 from ubgen.train.record import Record, save_grid
 from ubgen.train.stream import Batch, draw_batch, updates_for
@@ -136,7 +142,7 @@ class Run:
         if adversary.centre is not None:
             adversary.centre.observe(gather(features))
         settings = self.config.discriminator
-        return self._update_adversary(features, batch, settings.warmup_lr or settings.lr)
+        return self._update_adversary(adversary, features, batch, settings.warmup_lr or settings.lr)
 
     def _train_update(self) -> Metrics:
         """The generator first, against the discriminator as it is; then the discriminator, on the same images."""
@@ -146,13 +152,12 @@ class Run:
         average, last = self.players.average, self.warmup + self.updates - self.config.generator.average_last
         if average is not None and self.done >= last:
             average.add()
-        if features is not None and self.players.adversary is not None:
-            metrics |= self._update_adversary(features, batch, self.config.discriminator.lr)
+        adversary = self.players.adversary
+        if adversary is not None and features is not None:
+            metrics |= self._update_adversary(adversary, features, batch, self.config.discriminator.lr)
         return metrics
 
-    def _update_adversary(self, features: Tensor, batch: Batch, rate: float) -> Metrics:
-        adversary = self.players.adversary
-        assert adversary is not None  # the callers have looked
+    def _update_adversary(self, adversary: Adversary, features: Tensor, batch: Batch, rate: float) -> Metrics:
         for group in adversary.optimizer.param_groups:
             group["lr"] = rate  # a checkpoint of the warm-up brings that one's
         metrics = discriminator_update(adversary, self.config, features, batch.negatives_B)

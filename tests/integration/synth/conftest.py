@@ -1,7 +1,6 @@
 """Stand-ins for the networks, and an engine directory that names none."""
 
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,13 +25,10 @@ def stand_ins() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SynthConfig]:
+def settings(stand_ins: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SynthConfig]:
     """60 images of 5 classes in shards of 16, some of them drawn again."""
     root = tmp_path_factory.mktemp("stage")
-    engine, classes = root / "engine", root / "classes.txt"
-    engine.mkdir()
-    about = {"stage": "export", "engine": {"key": "sha256:none"}, "inputs": {}}
-    (engine / "manifest.json").write_text(json.dumps(about), encoding="utf-8")
+    engine, classes = stand_ins.no_engine(root), root / "classes.txt"
     classes.write_text("ant\nbee\ncrane\nduck\neel", encoding="utf-8")
 
     def make(out: object, **changes: object) -> SynthConfig:

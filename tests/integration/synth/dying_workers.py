@@ -15,10 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from killed_runs import FromIdentities, config
+from killed_runs import FromIdentities, config, no_engine
 
 from ubgen.errors import UserError
-from ubgen.manifest import MANIFEST
 from ubgen.synth import SynthConfig, Watch, synthesise
 from ubgen.synth.plan import Item
 
@@ -73,9 +72,7 @@ def begin(settings: SynthConfig) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    ENGINE.mkdir(parents=True)
-    about = {"stage": "export", "engine": {"key": "sha256:none"}, "inputs": {}}
-    (ENGINE / MANIFEST).write_text(json.dumps(about), encoding="utf-8")
+    no_engine(ROOT)
     synthesise(config(ROOT / "undisturbed", ENGINE), chain=whole)
 
     said: list[str] = []

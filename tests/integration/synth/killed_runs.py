@@ -61,6 +61,15 @@ def config(out: Path, engine: Path) -> SynthConfig:
     )
 
 
+def no_engine(root: Path) -> Path:
+    """An engine's directory whose manifest names no engine."""
+    engine = root / "engine"
+    engine.mkdir(parents=True)
+    about = {"stage": "export", "engine": {"key": "sha256:none"}, "inputs": {}}
+    (engine / MANIFEST).write_text(json.dumps(about), encoding="utf-8")
+    return engine
+
+
 def run_in_child(out: Path, engine: Path) -> int:
     child = os.fork()
     if child:
@@ -75,10 +84,7 @@ def run_in_child(out: Path, engine: Path) -> int:
 
 def main(root: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
-    engine = root / "engine"
-    engine.mkdir(parents=True)
-    about = {"stage": "export", "engine": {"key": "sha256:none"}, "inputs": {}}
-    (engine / MANIFEST).write_text(json.dumps(about), encoding="utf-8")
+    engine = no_engine(root)
 
     start = time.monotonic()
     assert os.waitpid(run_in_child(root / "undisturbed", engine), 0)[1] == 0

@@ -24,7 +24,6 @@ from ubgen.synth.plan import Item
 
 ROOT = Path(sys.argv[1])
 OUT, FIRST, WAITS, LEFT = (ROOT / name for name in ("out", "first", "waits", "left"))
-PATIENCE = 100.0
 MACHINE = {"num_cpus": 1, "include_dashboard": False}
 
 
@@ -52,7 +51,7 @@ class OnSecondMachine(FromIdentities):
         self._batches += 1
         if self._batches > 3:
             WAITS.touch()
-            time.sleep(PATIENCE)
+            time.sleep(100)
         return super().denoise(items)
 
 
@@ -61,9 +60,9 @@ def chain(*_: object) -> FromIdentities:
     return OnFirstMachine() if here == FIRST.read_text() else OnSecondMachine()
 
 
-def until(condition: Callable[[], object], run: subprocess.Popen[str]) -> None:
+def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
     while not condition():
-        assert run.poll() is None, "the run ended before its time"
+        assert process.poll() is None, "the run ended before its time"
         time.sleep(0.05)
 
 

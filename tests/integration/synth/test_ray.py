@@ -24,15 +24,6 @@ ENVIRONMENT = {
 }
 
 
-def engine(root: Path) -> Path:
-    """A directory that names no engine."""
-    path = root / "engine"
-    path.mkdir()
-    about = {"stage": "export", "engine": {"key": "sha256:none"}, "inputs": {}}
-    (path / "manifest.json").write_text(json.dumps(about), encoding="utf-8")
-    return path
-
-
 def told(script: str, root: Path) -> tuple[Any, str]:
     """The last line that a script beside this file printed (Ray prints too), and its standard error."""
     result = subprocess.run(
@@ -54,7 +45,7 @@ def shards(out: Path) -> dict[str, bytes]:
 def test_a_full_disk_ends_the_run_with_one_line_and_it_continues(
     stand_ins: ModuleType, tmp_path: Path
 ) -> None:
-    settings = stand_ins.config(tmp_path / "local", engine(tmp_path))
+    settings = stand_ins.config(tmp_path / "local", stand_ins.no_engine(tmp_path))
     synthesise(settings, chain=lambda *_: stand_ins.FromIdentities())
     (full, continued), stderr = told("full_disk_on_ray.py", tmp_path)
     assert full["status"] == 2
@@ -68,7 +59,9 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_continues(
 
 
 def test_a_machine_joins_and_is_taken_away(stand_ins: ModuleType, tmp_path: Path) -> None:
-    settings = replace(stand_ins.config(tmp_path / "local", engine(tmp_path)), per_class=30, shard_size=8)
+    settings = replace(
+        stand_ins.config(tmp_path / "local", stand_ins.no_engine(tmp_path)), per_class=30, shard_size=8
+    )
     synthesise(settings, chain=lambda *_: stand_ins.FromIdentities())
     found, _ = told("nodes_on_ray.py", tmp_path)
     alone, finished = found["shards"]
