@@ -1,5 +1,6 @@
 """make quickstart: class names in, fine-tuned generator, engine and annotated dataset out, on the miniature family."""
 
+import io
 import shlex
 import subprocess
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from PIL import Image
 from rich.console import Console
 
 from ubgen.classes import load_classes
 from ubgen.config import load_recipe
-from ubgen.dataset import open_dataset
+from ubgen.dataset import encode_image, open_dataset
 from ubgen.diffusion import load_stable_diffusion
 from ubgen.errors import UserError, run
 from ubgen.manifest import MANIFEST
@@ -84,7 +86,7 @@ def quickstart(given: Arguments) -> None:
     )
     judge = Judge()
     rows = {
-        "base generator": judge.measure(base_images, base_names),
+        "base generator": judge.measure(_as_stored(base_images), base_names),
         "dataset": judge.measure(np.stack([np.asarray(s.image) for s in made]), [s.class_name for s in made]),
     }
     console.print(
@@ -96,6 +98,12 @@ def quickstart(given: Arguments) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _as_stored(images_NHW3: np.ndarray) -> np.ndarray:
+    """What comes back from a dataset's JPEGs: Q-Align rates the miniature's a little higher than the images."""
+    files = (encode_image(image, "jpg") for image in images_NHW3)
+    return np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
 
 
 def _check(given: Arguments) -> None:
