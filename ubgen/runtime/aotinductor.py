@@ -1,5 +1,6 @@
 """AOTInductor packages (`.pt2`), on the CPU or a GPU."""
 
+import ctypes
 import json
 import platform
 import re
@@ -20,6 +21,7 @@ SIGNATURE = "ubgen.signature"
 CPU_FEATURES = "ubgen.cpu_features"
 """Keys of what the compiler module records in a package."""
 
+_MADV_PAGEOUT = 21  # linux/mman.h; reads the file again if it must, so it can lose nothing
 _X86_INSTRUCTIONS = re.compile(r"(s?sse|avx|amx|fma|f16c|bmi|abm|popcnt|movbe|adx|v?aes|sha|gfni|v?pclmul)")
 
 
@@ -46,6 +48,7 @@ class AotInductorNetwork(Network):
         except Exception as error:  # of many kinds, from C++
             reason = (str(error).strip().splitlines() or [""])[0]
             raise UserError(f"{path} cannot be opened by AOTInductor: {reason}") from error
+        _forget_file_pages()
         self._threads = threads
         self._output = signature.outputs[0].name
         self._graphed = GraphedCalls(self._call, self._capture) if graphs else None
@@ -91,6 +94,25 @@ def _check_package(path: Path, signature: Signature, device: str) -> None:
             f"{path} was compiled for a CPU with {lacking[0]}, which this one lacks; "
             "run ubgen-export again on this machine"
         )
+
+
+def _forget_file_pages() -> None:
+    """Take the packages' files out of this process's memory, where the loader leaves a second copy of all weights.
+
+    It maps the file and copies the weights out of it; the mapping stays and is not read again. The system may drop its
+    pages at any time; asked for here, it does so now. Where it cannot (before Linux 5.4, /tmp in memory), nothing is
+    lost but the saving.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for line in maps:
+        if "/data/aotinductor/" in line:  # where the loader unpacks them, below a directory of its own
+            start, end = (int(bound, 16) for bound in line.split()[0].split("-"))
+            advise(start, end - start, _MADV_PAGEOUT)
 
 
 def _metadata(path: Path) -> dict[str, str]:

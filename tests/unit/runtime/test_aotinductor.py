@@ -1,14 +1,17 @@
 """AOTInductor packages: compiled once here, with the real compiler, and run under its own strictest input checks."""
 
+import multiprocessing
 import os
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ubgen.benchmark.memory import resident
 from ubgen.errors import UserError
 from ubgen.export.compilers import COMPILERS
 from ubgen.export.networks import Exportable
@@ -21,7 +24,7 @@ from ubgen.runtime.backends import BACKENDS
 pytestmark = pytest.mark.skipif(not aotinductor_cpu().available, reason=aotinductor_cpu().detail)
 BATCH = BatchRange(1, 2, 8)
 SPEC = NetworkSpec(BATCH, 1e-4, "aotinductor")
-WIDTH = 1024
+MIB = 2**20
 
 
 class Small(nn.Module):
@@ -104,6 +107,24 @@ def test_threads_are_those_of_the_network_and_torch_keeps_its_own(package: Path,
 def test_memory_stays_flat(network: Network, growth: Callable[..., int]) -> None:
     """The outputs of one call are 8 KiB: all of them together would be 80 MiB."""
     assert growth(network, {"images": torch.zeros(8, 4, 8, 8), "scale": torch.ones(1)}) < 8 * 2**20
+
+
+def test_weights_are_in_memory_once(tmp_path: Path) -> None:
+    """In a process of its own, whose memory is known; weights of 64 MiB, of which the loader keeps two copies."""
+    inputs = {"input": torch.randn(4, 4096)}
+    heavy = Exportable(nn.Linear(4096, 4096).eval(), [inputs], "out")
+    package = COMPILERS["aotinductor"](heavy, SPEC, tmp_path / "heavy", "cpu", print).files[0]
+    arguments = (package, heavy.signature(BATCH), inputs)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        held, out = pool.submit(_memory_of_loading, *arguments).result()
+    assert torch.allclose(out, heavy.reference(inputs), atol=1e-4)
+    assert held < 90 * MIB
+
+
+def _memory_of_loading(package: Path, signature: Signature, inputs: dict[str, Tensor]) -> tuple[int, Tensor]:
+    before = resident("VmRSS")
+    out = load(package, signature).run(inputs)["out"]
+    return resident("VmRSS") - before, out
 
 
 @pytest.mark.parametrize("content", [b"", b"no package", None])
