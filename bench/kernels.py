@@ -267,7 +267,8 @@ def table(rows: list[Row]) -> str:
         missed = " (goal missed)" if row.ratio < GOALS[row.operation] else ""
         rates = "| | | |"
         if row.kernel and row.rate and row.copy_rate and row.share:
-            rates = f"{row.kernel:.0f} | {row.rate:.0f} | {row.copy_rate:.0f} | {100 * row.share:.0f} % |"
+            slow = " (goal missed)" if row.share < SHARE else ""
+            rates = f"{row.kernel:.0f} | {row.rate:.0f} | {row.copy_rate:.0f} | {100 * row.share:.0f} %{slow} |"
         lines.append(
             f"| {row.operation} | {row.what} | {row.eager:.0f} | {row.ours:.0f} | {row.ratio:.1f}{missed} | {rates}"
         )
