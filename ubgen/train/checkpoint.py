@@ -63,6 +63,8 @@ def restore_checkpoint(path: Path, players: Players) -> int:
         players.scaler.load_state_dict(state["scaler"])
         if players.average is not None:
             players.average.load_state_dict(state["average"])
+        if players.pace is not None:
+            players.pace.load_state_dict(state["pace"])
         if players.adversary is not None:
             players.adversary.load_state_dict(load_file(path / DISCRIMINATOR_FILE))
             players.adversary.optimizer.load_state_dict(state["discriminator_optimizer"])
@@ -87,6 +89,7 @@ def _state_bytes(players: Players, done: int) -> bytes:
         "discriminator_optimizer": None if adversary is None else adversary.optimizer.state_dict(),
         "scaler": players.scaler.state_dict(),
         "average": None if players.average is None else players.average.state_dict(),
+        "pace": None if players.pace is None else players.pace.state_dict(),
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)

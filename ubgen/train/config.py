@@ -92,6 +92,9 @@ class LossConfig:
     """Generator's form of Eq. 5: -log D (as released), or log(1 - D) (as printed)."""
     log_unused: bool = True
     """Also measure the rewards whose weight is 0, without gradient; otherwise their networks are not loaded."""
+    entire_rise: tuple[float, float] | None = None
+    """Rise of the training images' mean CLIP similarity over the warm-up's at which the entire loss's weight
+    sets in, and at which it is whole; it gives way where similarity falls back. Without it, the weight stays whole."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,12 @@ def validate(config: TrainConfig) -> None:
         raise UserError(
             'discriminator.features "centred" needs a warm-up, in which the images\' centre is found'
         )
+    if config.losses.entire_rise is not None:
+        low, high = config.losses.entire_rise
+        if not 0 <= low < high:
+            raise UserError(f"losses.entire_rise must be two rising numbers from 0 on, not {low} and {high}")
+        if config.losses.entire > 0 and warmup == 0:
+            raise UserError("losses.entire_rise needs a warm-up, in which the base similarity is measured")
 
 
 def _require(config: TrainConfig, names: tuple[str, ...], wanted: str, holds: Callable[[Any], bool]) -> None:

@@ -136,13 +136,16 @@ class Run:
 
     def _warmup_update(self) -> Metrics:
         batch = self._batch("warmup", self.done, 2 * self.config.batch_size)
-        features = warmup_features(self.players, self.config, batch)
+        features, metrics = warmup_features(self.players, self.config, batch)
         adversary = self.players.adversary
         assert adversary is not None  # without one there is no warm-up
         if adversary.centre is not None:
             adversary.centre.observe(gather(features))
+        if self.players.pace is not None:
+            self.players.pace.observe_base(metrics["clip_similarity"])
         settings = self.config.discriminator
-        return self._update_adversary(adversary, features, batch, settings.warmup_lr or settings.lr)
+        rate = settings.warmup_lr or settings.lr
+        return metrics | self._update_adversary(adversary, features, batch, rate)
 
     def _train_update(self) -> Metrics:
         """The generator first, against the discriminator as it is; then the discriminator, on the same images."""

@@ -14,6 +14,7 @@ from ubgen.rewards import Centre, Clip, Discriminator, QAlign
 from ubgen.train.attention import set_attention
 from ubgen.train.average import Average
 from ubgen.train.config import DiscriminatorConfig, GeneratorConfig, LossConfig, TrainConfig
+from ubgen.train.pace import Pace
 
 HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CENTRE = "centre."  # before the names of the centre's tensors in a checkpoint
@@ -72,6 +73,7 @@ class Players:
     dtype: torch.dtype
     attention: str
     average: Average | None = None
+    pace: Pace | None = None
 
     def autocast(self) -> torch.autocast:
         """Mixed precision for the UNet: a float32 LoRA on half-precision weights. The others cast for themselves."""
@@ -121,6 +123,9 @@ def load_players(config: TrainConfig, classes: ClassList, device: torch.device) 
         dtype=dtype,
         attention=set_attention(sd.unet, config.attention, device, config.precision),
         average=Average(lora) if config.generator.average_last else None,
+        pace=Pace(config.losses)
+        if discriminator_in_play(config.losses) and config.losses.entire_rise
+        else None,
     )
 
 

@@ -33,14 +33,19 @@ def generator_update(players: Players, config: TrainConfig, batch: Batch) -> tup
     features = _clip_features(players, config, images)
     terms, metrics = _reward_terms(players, config, batch, images, features)
     losses = config.losses
-    weights = LossWeights(losses.entire, losses.individual, losses.quality)
+    entire = losses.entire if players.pace is None else losses.entire * players.pace.share()
+    weights = LossWeights(entire, losses.individual, losses.quality)
     loss = generator_loss(terms, weights)
     means = _mean_over_processes({"loss": loss.detach(), **metrics})
     _require_finite(means)
+    if players.pace is not None:
+        players.pace.observe(means["clip_similarity"])
     players.scaler.scale(loss).backward(inputs=players.lora)
     means["generator_grad_norm"] = _step(
         players.lora, players.generator_optimizer, config.generator.clip, players.scaler
     )
+    if "entire" in terms:
+        means["weight_entire"] = entire
     return None if features is None else features.detach(), means
 
 
@@ -61,8 +66,8 @@ def discriminator_update(
 
 
 @torch.no_grad()
-def warmup_features(players: Players, config: TrainConfig, batch: Batch) -> Tensor:
-    """CLIP features of images by the generator as it stands, without any gradient."""
+def warmup_features(players: Players, config: TrainConfig, batch: Batch) -> tuple[Tensor, Metrics]:
+    """CLIP features of images by the generator as it stands, without any gradient; and how well they fit."""
     assert players.clip is not None  # the caller has an adversary, which judges CLIP's features
     settings = config.rollout
     with players.autocast():
@@ -76,7 +81,9 @@ def warmup_features(players: Players, config: TrainConfig, batch: Batch) -> Tens
             guidance=settings.guidance,
             step_noise=batch.step_noise,
         )
-    return players.clip.encode_image(decode(players.sd.vae, latents)).float()
+    features = players.clip.encode_image(decode(players.sd.vae, latents)).float()
+    individual = individual_alignment_loss(features, _descriptions(players, batch))
+    return features, _mean_over_processes({"clip_similarity": 1 - individual})
 
 
 def _rollout_images(players: Players, config: TrainConfig, batch: Batch) -> Tensor:
@@ -104,15 +111,19 @@ def _clip_features(players: Players, config: TrainConfig, images_B3HW: Tensor) -
         return players.clip.encode_image(images_B3HW).float()
 
 
+def _descriptions(players: Players, batch: Batch) -> Tensor:
+    assert players.descriptions_ND is not None  # where there are features, CLIP is there
+    return players.descriptions_ND[batch.classes_B.to(players.device)]
+
+
 def _reward_terms(
     players: Players, config: TrainConfig, batch: Batch, images: Tensor, features: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The terms of Eq. 8 that are switched on, and everything that was measured, detached."""
     losses, terms = config.losses, {}
     metrics: dict[str, Tensor] = {}
-    if features is not None and players.descriptions_ND is not None:
-        texts = players.descriptions_ND[batch.classes_B.to(players.device)]
-        individual = individual_alignment_loss(features, texts)
+    if features is not None:
+        individual = individual_alignment_loss(features, _descriptions(players, batch))
         metrics |= {"loss_individual": individual.detach(), "clip_similarity": 1 - individual.detach()}
         if losses.individual > 0:
             terms["individual"] = individual

@@ -76,6 +76,19 @@ def test_the_centre_of_the_images_and_the_rates_go_on_too(
     assert counts == [8, 8, 8], "2 warm-up updates of 4 images, and none after them"
 
 
+def test_the_weight_of_the_entire_loss_goes_on_too(
+    config: TrainConfig, change: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """Stopped within the warm-up, in which the base similarity is measured, and after it."""
+    paced = change(config, "losses", individual=8.0, entire_rise=(0.0, 0.02))
+    paced = dataclasses.replace(change(paced, "generator", lr=1e-2), max_updates=10)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(paced, whole)
+    assert [train(paced, parts, stop_after=1) for _ in range(12)] == [False] * 11 + [True]
+    assert results(parts) == results(whole)
+    assert any(0 < row["weight_entire"] < 1 for row in results(whole)[2][2:])
+
+
 def test_half_precision_stopped_after_every_update(config: TrainConfig, tmp_path: Path) -> None:
     """The loss scale and its count of good updates go on too."""
     half = dataclasses.replace(config, precision="fp16", max_updates=3)

@@ -64,6 +64,26 @@ def test_the_warm_up_has_a_rate_of_its_own(config: TrainConfig, change: Change, 
     assert [row["discriminator_lr"] for row in metrics(out)] == [1e-2] * 2 + [1e-6] * 4
 
 
+def test_the_entire_loss_has_as_much_weight_as_similarity_has_risen(
+    config: TrainConfig, change: Change, tmp_path: Path
+) -> None:
+    """Thresholds between which these few updates rise and fall; the loss has the weight that is logged."""
+    out = tmp_path / "run"
+    paced = change(config, "losses", entire=2.0, individual=8.0, entire_rise=(0.0, 0.02))
+    train(dataclasses.replace(change(paced, "generator", lr=1e-2), max_updates=12), out)
+    warm, rows = metrics(out)[:2], metrics(out)[2:]
+    base = mean = sum(row["clip_similarity"] for row in warm) / 2
+    shares = []
+    for row in rows:
+        shares.append(min(1, max(0, (mean - base) / 0.02)))
+        assert row["weight_entire"] == pytest.approx(2 * shares[-1], abs=1e-5)
+        total = row["weight_entire"] * row["loss_entire"] + 8 * row["loss_individual"]
+        assert row["loss"] == pytest.approx(total + 0.1 * row["loss_quality"], rel=1e-5)
+        mean = 0.9 * mean + 0.1 * row["clip_similarity"]
+    assert shares[0] == 0
+    assert any(0 < share < 1 for share in shares)
+
+
 def test_tensorboard_has_the_same_numbers(finished: Path) -> None:
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()

@@ -64,6 +64,20 @@ def test_a_centre_cannot_be_found_without_a_warmup() -> None:
     validate(centred)
 
 
+@pytest.mark.parametrize("rise", [(-0.01, 0.02), (0.02, 0.02), (0.03, 0.02)])
+def test_a_rise_needs_two_rising_numbers(rise: tuple[float, float]) -> None:
+    with pytest.raises(UserError, match=r"losses\.entire_rise must be two rising numbers from 0 on, not "):
+        validate(with_option("losses.entire_rise", rise))
+
+
+def test_a_rise_cannot_be_measured_without_a_warmup() -> None:
+    rising = with_option("losses.entire_rise", (0.0, 0.02))
+    without = dataclasses.replace(rising.discriminator, warmup_updates=0)
+    with pytest.raises(UserError, match=r"losses\.entire_rise needs a warm-up"):
+        validate(dataclasses.replace(rising, discriminator=without))
+    validate(rising)
+
+
 def with_option(name: str, value: object) -> TrainConfig:
     """CONFIG with the option of this dotted name changed."""
     table, _, field = name.rpartition(".")
