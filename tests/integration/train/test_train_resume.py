@@ -162,9 +162,10 @@ def test_a_damaged_checkpoint_is_named(config: TrainConfig, tmp_path: Path) -> N
         train(config, out)
 
 
-@pytest.mark.parametrize("features", ["raw", "centred"])
+@pytest.mark.parametrize(("features", "rise"), [("raw", None), ("centred", (0.0, 0.02))])
 def test_two_processes_end_where_one_does(
     features: str,
+    rise: tuple[float, float] | None,
     config: TrainConfig,
     change: Callable[..., TrainConfig],
     write_recipe: Callable[[TrainConfig, Path], Path],
@@ -173,6 +174,7 @@ def test_two_processes_end_where_one_does(
     """Images belong to their place in the run, so sharing them changes the rounding only."""
     every_step = change(config, "rollout", grad_steps=4)
     every_step = change(every_step, "discriminator", features=features)  # a centre is everyone's
+    every_step = change(every_step, "losses", individual=8.0, entire_rise=rise)  # and so is similarity
     train(every_step, tmp_path / "one")
     recipe = write_recipe(dataclasses.replace(every_step, batch_size=1), tmp_path / "recipe.toml")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -183,4 +185,8 @@ def test_two_processes_end_where_one_does(
     assert "2 process(es)" in done.stderr
     one, two = (load_file(tmp_path / name / LORA_FILE) for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
-    assert [len(results(tmp_path / name)[2]) for name in ("one", "two")] == [6, 6]
+    rows = [results(tmp_path / name)[2] for name in ("one", "two")]
+    assert [len(them) for them in rows] == [6, 6]
+    weights = [[row["weight_entire"] for row in them[2:]] for them in rows]
+    assert weights[0] == pytest.approx(weights[1], abs=1e-4)
+    assert weights[0][-1] > 0
