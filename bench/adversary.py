@@ -140,7 +140,7 @@ def report(found: list[Look], given: Arguments) -> str:
     head = f"""# What the adversary asks the generator for
 
 `python bench/adversary.py`: discriminators of {len(given.seeds)} seeds ({", ".join(map(str, given.seeds))}), trained on
-{32 * given.batches} images of the miniature's base generator with the recipe's sampler. Each cell: smallest, median
+{32 * given.batches} images of the miniature's base generator in 25 PNDM steps. Each cell: smallest, median
 and largest of the seeds. "Away from bias": the cosine of what the gradient asks of an image with leaving the background
 that goes with its class; 0 is a direction that has nothing to do with it.
 
@@ -165,6 +165,7 @@ that goes with its class; 0 is a direction that has nothing to do with it.
 def main() -> None:
     given = tyro.cli(Arguments)
     config = load_recipe("miniature", TrainConfig)
+    config = replace(config, rollout=replace(config.rollout, sampler="pndm", steps=25))
     names = load_classes(config.classes).names
     images, labels = base_features(config, given.batches)
     clip = Clip.load(config.networks.clip)
