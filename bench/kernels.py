@@ -268,7 +268,9 @@ def table(rows: list[Row]) -> str:
         rates = "| | | |"
         if row.kernel and row.rate and row.copy_rate and row.share:
             slow = " (goal missed)" if row.share < SHARE else ""
-            rates = f"{row.kernel:.0f} | {row.rate:.0f} | {row.copy_rate:.0f} | {100 * row.share:.0f} %{slow} |"
+            rates = (
+                f"{row.kernel:.0f} | {row.rate:.0f} | {row.copy_rate:.0f} | {100 * row.share:.0f} %{slow} |"
+            )
         lines.append(
             f"| {row.operation} | {row.what} | {row.eager:.0f} | {row.ours:.0f} | {row.ratio:.1f}{missed} | {rates}"
         )
