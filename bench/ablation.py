@@ -27,10 +27,13 @@ from ubgen.train import TrainConfig
 RUNS: dict[str, list[str] | None] = {
     "full": [],
     "no-entire": ["--losses.entire", "0"],
-    "no-individual": ["--losses.individual", "0"],
+    # the adversary waits for what the individual term raises; here it plays from the start
+    "no-individual": ["--losses.individual", "0", "--losses.entire-rise", "None"],
     "no-quality": ["--losses.quality", "0"],
     "base": None,
 }
+
+READING = "## Reading"  # from here on fine-tuning.md is written by hand, and kept
 
 
 @dataclass(frozen=True)
@@ -56,19 +59,19 @@ def call(command: list[str | Path]) -> None:
 
 
 def play(name: str, given: Arguments) -> dict[str, float]:
-    """Train and measure one generator; returns its measures and, if it was trained now, the minutes."""
+    """Train and measure one generator; returns its measures and the minutes that training took."""
     overrides, run, measured = RUNS[name], given.work / name, given.work / "measured" / name
     start = time.monotonic()
-    trained = overrides is not None and not (run / MANIFEST).is_file()
-    if overrides is not None and trained:
+    if overrides is not None and not (run / MANIFEST).is_file():
         call([Path(sys.executable).parent / "ubgen-train", "--recipe", "miniature", "--out", run, *overrides])
-    minutes = (time.monotonic() - start) / 60
+        (given.work / f"{name}.minutes").write_text(f"{(time.monotonic() - start) / 60:.2f}")
     if not (measured / "measures.json").is_file():
         lora = ["--no-base", "--lora", run] if overrides is not None else []
         which = [*lora, "--per-class", str(given.per_class), "--seed", str(given.seed), "--out", measured]
         call([sys.executable, "-m", "ubgen.miniature.measure", *which])
     (measures,) = json.loads((measured / "measures.json").read_text()).values()
-    return {**measures, **({"minutes_of_training": minutes} if trained else {})}
+    took = given.work / f"{name}.minutes"
+    return {**measures, **({"minutes_of_training": float(took.read_text())} if took.is_file() else {})}
 
 
 def report(rows: dict[str, dict[str, float]], given: Arguments) -> str:
@@ -99,7 +102,10 @@ def main() -> None:
         "torch": torch.__version__,
     }
     (given.out / "fine-tuning.json").write_text(json.dumps(record, indent=2) + "\n")
-    (given.out / "fine-tuning.md").write_text(report(rows, given))
+    written = given.out / "fine-tuning.md"
+    before = written.read_text() if written.is_file() else ""
+    reading = before.partition(READING)[2] or "\n\n(not written yet)\n"
+    written.write_text(report(rows, given) + "\n" + READING + reading)
     for name in rows:
         (sheet,) = (given.work / "measured" / name).glob("*.png")
         (given.out / f"fine-tuning-{name}.png").write_bytes(sheet.read_bytes())

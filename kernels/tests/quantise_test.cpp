@@ -3,17 +3,38 @@
 
 namespace {
 
+// kPositive and kNegative: not a single value of the other sign. kLarge: finite, far beyond what an image has.
+// kRare: one value in about 5,000 is large or not finite. kBroken: one in 11 is not finite.
+enum Values { kImage, kPositive, kNegative, kLarge, kRare, kBroken, kKinds };
+
 struct Case {
     int dtype, layout;
     int64_t batch, height, width;
-    int threads;
-    bool broken;
+    int threads, values;
     std::string name() const {
-        return text("dtype %d, layout %d, %lldx%lldx%lld, threads %d, broken %d", dtype, layout,
+        return text("dtype %d, layout %d, %lldx%lldx%lld, threads %d, values %d", dtype, layout,
                     static_cast<long long>(batch), static_cast<long long>(height), static_cast<long long>(width),
-                    threads, broken);
+                    threads, values);
     }
 };
+
+Array make(const Case &c) {
+    const int64_t area = c.height * c.width;
+    Array images = noise(c.dtype, c.batch * 3 * area, 1, 0.5, 0.4);
+    for (int64_t i = 0; i < images.count(); i += 7) images.set(i, (i / 7 % 255 + 0.5) / 255);  // near the ties
+    const double rare[] = {kNaN, kInfinity, -kInfinity, 300, -300};
+    const double large[] = {127.9, -127.9, 128, -128, 129, -129, 1000, -1000, 65504, -65504};
+    for (int64_t i = 0; i < images.count(); ++i) {
+        const double v = images.at(i);
+        if (c.values == kPositive) images.set(i, std::fabs(v) + 0.01);
+        if (c.values == kNegative) images.set(i, -std::fabs(v) - 0.01);
+        if (c.values == kLarge && i % 5 == 0) images.set(i, large[i / 5 % 10]);
+        if (c.values == kRare && i % 4999 == 60) images.set(i, rare[i % 5]);
+        if (c.values == kBroken && i % 11 == 0) images.set(i, i % 3 ? kNaN : i % 2 ? kInfinity : -kInfinity);
+        if (c.values == kBroken && c.batch > 1 && i < 3 * area) images.set(i, kNaN);  // nothing finite in the first
+    }
+    return images;
+}
 
 int wanted_byte(double v) {
     if (std::isnan(v)) return 0;
@@ -23,12 +44,7 @@ int wanted_byte(double v) {
 
 void check(const Case &c, Report &report) {
     const int64_t area = c.height * c.width;
-    Array images = noise(c.dtype, c.batch * 3 * area, 1, 0.5, 0.4);
-    for (int64_t i = 0; i < images.count(); i += 7) images.set(i, (i / 7 % 255 + 0.5) / 255);  // near the ties
-    if (c.broken)
-        for (int64_t i = 0; i < images.count(); i += 11) images.set(i, i % 3 ? kNaN : i % 2 ? kInfinity : -kInfinity);
-    if (c.broken && c.batch > 1)
-        for (int64_t i = 0; i < 3 * area; ++i) images.set(i, kNaN);  // nothing finite in the first image
+    Array images = make(c);
     std::vector<uint8_t> pixels(c.batch * 3 * area + kGuard, kUntouched);
     std::vector<float> minimum(c.batch + 1, -7), maximum(c.batch + 1, -7);
     std::vector<int64_t> nonfinite(c.batch + 1, -7);
@@ -69,13 +85,13 @@ void checks(Report &report) {
     check_refusals(report);
     for (int dtype : {UBGEN_F32, UBGEN_F16, UBGEN_BF16})
         for (int layout : {UBGEN_NCHW, UBGEN_NHWC})
-            for (bool broken : {false, true}) {
+            for (int values = 0; values < kKinds; ++values) {
                 for (int64_t width : {0, 1, 3, 15, 16, 17, 33})
-                    for (int64_t height : {1, 5, 16}) check({dtype, layout, 2, height, width, 1, broken}, report);
-                check({dtype, layout, 0, 4, 4, 1, broken}, report);
-                check({dtype, layout, 1, 64, 80, 2, broken}, report);  // several runs, several strips on CUDA
+                    for (int64_t height : {1, 5, 16}) check({dtype, layout, 2, height, width, 1, values}, report);
+                check({dtype, layout, 0, 4, 4, 1, values}, report);
+                check({dtype, layout, 1, 64, 80, 2, values}, report);  // several runs, several strips on CUDA
                 if (!kOnCuda)
-                    for (int threads : {1, 2, 5}) check({dtype, layout, 3, 129, 131, threads, broken}, report);
+                    for (int threads : {1, 2, 5}) check({dtype, layout, 3, 129, 131, threads, values}, report);
             }
 }
 

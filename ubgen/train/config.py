@@ -229,6 +229,11 @@ def validate(config: TrainConfig) -> None:
             raise UserError(f"losses.entire_rise must be two rising numbers from 0 on, not {low} and {high}")
         if config.losses.entire > 0 and warmup == 0:
             raise UserError("losses.entire_rise needs a warm-up, in which the base similarity is measured")
+        if config.losses.entire > 0 and config.losses.individual == 0:
+            raise UserError(
+                "losses.entire_rise waits for a similarity that only the individual loss raises, and its weight is 0: "
+                "the entire loss would never set in; add --losses.entire-rise None"
+            )
 
 
 def _require(config: TrainConfig, names: tuple[str, ...], wanted: str, holds: Callable[[Any], bool]) -> None:

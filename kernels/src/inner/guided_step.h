@@ -12,19 +12,17 @@ struct Streams {
     T *x_next, *e;
 };
 
-// kLanes elements at i, or `count` of them at the end of the arrays.
-template <class T, bool Guided, bool Whole>
-UBGEN_INLINE void step_at(const GuidedStep &s, const Streams<T> &p, int64_t i, int64_t count) {
-    const auto get = [&](const T *from) { return Whole ? load(from + i) : load_some(from + i, count); };
-    const auto put = [&](T *to, F v) { Whole ? store(to + i, v) : store_some(to + i, v, count); };
-    F e = get(p.u);
+// The elements that get() loads from an array and put() stores.
+template <bool Guided, class T, class Get, class Put>
+UBGEN_INLINE void step_at(const GuidedStep &s, const Streams<T> &p, Get get, Put put) {
+    auto e = get(p.u);
     if (Guided) {
         e = e + broadcast(s.guidance) * (get(p.c) - e);
         put(p.e, e);
     }
-    F sum = broadcast(s.weights[0]) * e;
+    auto sum = broadcast(s.weights[0]) * e;
     for (int k = 0; k < s.history_count; ++k) sum = sum + broadcast(s.weights[1 + k]) * get(p.h[k]);
-    F next = broadcast(s.a) * get(p.x) + broadcast(s.b) * sum;
+    auto next = broadcast(s.a) * get(p.x) + broadcast(s.b) * sum;
     if (p.z) next = next + broadcast(s.s) * get(p.z);
     put(p.x_next, next);
 }
@@ -35,8 +33,15 @@ void step_range(const GuidedStep &s, const T *x, int64_t begin, int64_t end) {
                     (T *)s.x_next, (T *)s.e};
     for (int k = 0; k < s.history_count; ++k) p.h[k] = (const T *)s.history[k];
     int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) step_at<T, Guided, true>(s, p, i, kLanes);
-    if (i < end) step_at<T, Guided, false>(s, p, i, end - i);
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes)
+        step_at<Guided>(
+            s, p, [i](const T *from) { return load_two(from + i); }, [i](T *to, Two v) { store_two(to + i, v); });
+    for (; i < end; i += kLanes) {
+        const int64_t count = end - i < kLanes ? end - i : kLanes;
+        step_at<Guided>(
+            s, p, [i, count](const T *from) { return load_some(from + i, count); },
+            [i, count](T *to, F v) { store_some(to + i, v, count); });
+    }
 }
 
 void guided_step(int dtype, const GuidedStep &s, int64_t begin, int64_t end) {

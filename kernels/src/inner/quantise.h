@@ -43,14 +43,20 @@ UBGEN_INLINE bool merge(Range &range, const Statistics (&chains)[Chains]) {
 }
 
 template <class T>
+UBGEN_INLINE float one_float(T value) {
+    float v[kLanes];
+    store(v, load_some(&value, 1));
+    return v[0];
+}
+
+template <class T>
 void merge_slowly(Range &range, const T *values, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-        float v[kLanes];
-        store(v, load_some(values + i, 1));
-        const bool finite = v[0] - v[0] == 0.0f;
+        const float v = one_float(values[i]);
+        const bool finite = v - v == 0.0f;
         range.nonfinite += !finite;
-        if (finite && v[0] < range.minimum) range.minimum = v[0];
-        if (finite && v[0] > range.maximum) range.maximum = v[0];
+        if (finite && v < range.minimum) range.minimum = v;
+        if (finite && v > range.maximum) range.maximum = v;
     }
 }
 
@@ -112,15 +118,84 @@ void planar_run(const T *red, const T *green, const T *blue, int64_t count, uint
 }
 
 template <class T>
+void planar_strip(const T *red, const T *green, const T *blue, int64_t count, uint8_t *bytes, Range &range) {
+    for (int64_t i = 0; i < count; i += kRun)
+        planar_run(red + i, green + i, blue + i, kRun < count - i ? kRun : count - i, bytes + 3 * i, range);
+}
+
+#if UBGEN_PACKED
+// Of bfloat16 as they lie in memory: as integers the positive ones are in order, the negative ones in reverse. Half as
+// many vectors as of floats.
+struct Extremes {
+    I signed_most = packed(-0x8000), most = packed(0), least = packed(0xffff);
+
+    UBGEN_INLINE void add(I v) { add({v, v, v}); }
+    UBGEN_INLINE void add(const Extremes &other) {
+        signed_most = max_signed(other.signed_most, signed_most);
+        most = max_unsigned(other.most, most);
+        least = min_unsigned(other.least, least);
+    }
+    // Everything lies between -128 and 128: nothing is infinite or NaN, and 255 times it fits into 16 bits.
+    UBGEN_INLINE bool tame() const {
+        const I limit = packed(0x42ff), sign = packed(0x8000);  // the last bfloat16 below 128
+        return !any_signed_above(signed_most, limit) && !any_signed_above(most ^ sign, limit);
+    }
+    void into(Range &range) const {  // of no values at all both are NaN, which is neither below nor above
+        BFloat16 a[2 * kLanes], b[2 * kLanes], c[2 * kLanes];
+        store_packed(a, signed_most);
+        store_packed(b, most);
+        store_packed(c, least);
+        for (int k = 0; k < 2 * kLanes; ++k) {
+            const bool all_negative = a[k].bits & 0x8000, some_negative = b[k].bits & 0x8000;
+            const float high = one_float(all_negative ? c[k] : a[k]), low = one_float(some_negative ? b[k] : c[k]);
+            range.minimum = low < range.minimum ? low : range.minimum;
+            range.maximum = high > range.maximum ? high : range.maximum;
+        }
+    }
+};
+
+// 255 times each, rounded: a product of two 8-bit numbers is exact, so that to add kRound rounds it only once, and the
+// integer is in the low half.
+UBGEN_INLINE I to_integers(F v) { return bits(fma(v, broadcast(255.0f), broadcast(kRound))); }
+
+// Every whole vector of a run as if it were tame; the run is done again as any other where it was not.
+UBGEN_INLINE void planar_strip(const BFloat16 *red, const BFloat16 *green, const BFloat16 *blue, int64_t count,
+                               uint8_t *bytes, Range &range) {
+    Extremes all;
+    const int64_t whole = count - count % (2 * kLanes);
+    for (int64_t begin = 0; begin < whole; begin += kRun) {
+        const int64_t end = kRun < whole - begin ? begin + kRun : whole;
+        Extremes chains[3];
+        for (int64_t i = begin; i < end; i += 2 * kLanes) {
+            const I r = load_packed(red + i), g = load_packed(green + i), b = load_packed(blue + i);
+            chains[0].add(r);
+            chains[1].add(g);
+            chains[2].add(b);
+            const I even[] = {to_integers(even_floats(r)), to_integers(even_floats(g)), to_integers(even_floats(b))};
+            const I odd[] = {to_integers(odd_floats(r)), to_integers(odd_floats(g)), to_integers(odd_floats(b))};
+            store_rgb(bytes + 3 * i, even, odd);
+        }
+        chains[0].add(chains[1]);
+        chains[0].add(chains[2]);
+        if (chains[0].tame())
+            all.add(chains[0]);
+        else
+            planar_run(red + begin, green + begin, blue + begin, end - begin, bytes + 3 * begin, range);
+    }
+    all.into(range);
+    planar_run(red + whole, green + whole, blue + whole, count - whole, bytes + 3 * whole, range);
+}
+#endif
+
+template <class T>
 Range quantise_typed(int layout, const T *image, int64_t area, int64_t begin, int64_t end, uint8_t *pixels) {
     Range range = {__builtin_inff(), -__builtin_inff(), 0};
-    for (int64_t i = begin; i < end; i += kRun) {
-        const int64_t count = i + kRun < end ? kRun : end - i;
-        if (layout == UBGEN_NHWC) {
-            flat_run(image + 3 * i, 3 * count, pixels + 3 * i, range);
-        } else {
-            planar_run(image + i, image + area + i, image + 2 * area + i, count, pixels + 3 * i, range);
-        }
+    if (layout == UBGEN_NHWC) {
+        for (int64_t i = begin; i < end; i += kRun)
+            flat_run(image + 3 * i, 3 * (kRun < end - i ? kRun : end - i), pixels + 3 * i, range);
+    } else {
+        const T *red = image + begin;
+        planar_strip(red, red + area, red + 2 * area, end - begin, pixels + 3 * begin, range);
     }
     return range;
 }
