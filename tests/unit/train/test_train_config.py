@@ -88,7 +88,7 @@ def test_a_rise_that_nothing_brings_about_is_refused() -> None:
             rising, losses=dataclasses.replace(rising.losses, individual=0, entire=entire)
         )
         if refused:
-            with pytest.raises(UserError, match="add --losses.entire-rise None"):
+            with pytest.raises(UserError, match=r"add --losses\.entire-rise None"):
                 validate(config)
         else:
             validate(config)
