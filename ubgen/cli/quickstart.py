@@ -31,8 +31,8 @@ REAL_RUN = """The same with Stable Diffusion 1.5, once its weights lie in a loca
   ubgen-synth  --engine runs/sd15-engine --device cuda --classes imagenet1k --per-class 1300 --out runs/sd15-dataset"""
 
 SHORTENED = """What to expect of so short a run: similarity, class accuracy and quality rise; the images stay on their
-class's biased background, because the adversarial term comes in as similarity rises, and backgrounds turn from about
-the 120th update on. For that, the whole recipe ({full} updates, under 10 minutes on two cores), and its measures:
+class's biased background, because the adversarial term comes in as similarity rises, and backgrounds turn in the second
+half of the whole recipe's {full} updates. That run (about 10 minutes on two cores), and its measures:
   .venv/bin/ubgen-train --recipe miniature --out runs/miniature
   .venv/bin/python -m ubgen.miniature.measure --lora runs/miniature --out runs/miniature-measured
 """
