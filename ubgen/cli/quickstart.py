@@ -99,7 +99,7 @@ def quickstart(given: Arguments) -> None:
     console.print(
         table(rows, f"Before and after {given.updates} updates, {given.per_class} images per class")
     )
-    if given.updates < full:
+    if full and given.updates < full:
         console.print(SHORTENED.format(full=full), highlight=False, soft_wrap=True)
     console.print(f"pictures  {dataset / 'contact-sheet.png'}\ndataset   {dataset}")
     console.print(
