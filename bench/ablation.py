@@ -61,8 +61,8 @@ def call(command: list[str | Path]) -> None:
 def play(name: str, given: Arguments) -> dict[str, float]:
     """Train and measure one generator; returns its measures and the minutes that training took."""
     overrides, run, measured = RUNS[name], given.work / name, given.work / "measured" / name
-    start = time.monotonic()
     if overrides is not None and not (run / MANIFEST).is_file():
+        start = time.monotonic()
         call([Path(sys.executable).parent / "ubgen-train", "--recipe", "miniature", "--out", run, *overrides])
         (given.work / f"{name}.minutes").write_text(f"{(time.monotonic() - start) / 60:.2f}")
     if not (measured / "measures.json").is_file():

@@ -30,9 +30,9 @@ REAL_RUN = """The same with Stable Diffusion 1.5, once its weights lie in a loca
                --stable-diffusion SD15 --clip CLIP --qalign QALIGN
   ubgen-synth  --engine runs/sd15-engine --device cuda --classes imagenet1k --per-class 1300 --out runs/sd15-dataset"""
 
-SHORTENED = """What to expect of so short a run: similarity, class accuracy and quality rise; the images stay on their
-class's biased background, because the adversarial term comes in as similarity rises, and backgrounds turn in the second
-half of the whole recipe's {full} updates. That run (about 10 minutes on two cores), and its measures:
+SHORTENED = """What to expect of a shortened run: similarity, class accuracy and quality rise first. The images leave
+their class's biased background only in the second half of the recipe's {full} updates, because the adversarial term
+comes in as similarity rises. The whole run (about 10 minutes on two cores), and its measures:
   .venv/bin/ubgen-train --recipe miniature --out runs/miniature
   .venv/bin/python -m ubgen.miniature.measure --lora runs/miniature --out runs/miniature-measured
 """

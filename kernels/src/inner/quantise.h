@@ -127,24 +127,24 @@ void planar_strip(const T *red, const T *green, const T *blue, int64_t count, ui
 // Of bfloat16 as they lie in memory: as integers the positive ones are in order, the negative ones in reverse. Half as
 // many vectors as of floats.
 struct Extremes {
-    I signed_most = packed(-0x8000), most = packed(0), least = packed(0xffff);
+    I signed_max = packed(-0x8000), unsigned_max = packed(0), unsigned_min = packed(0xffff);
 
     UBGEN_INLINE void add(I v) { add({v, v, v}); }
     UBGEN_INLINE void add(const Extremes &other) {
-        signed_most = max_signed(other.signed_most, signed_most);
-        most = max_unsigned(other.most, most);
-        least = min_unsigned(other.least, least);
+        signed_max = max_signed(other.signed_max, signed_max);
+        unsigned_max = max_unsigned(other.unsigned_max, unsigned_max);
+        unsigned_min = min_unsigned(other.unsigned_min, unsigned_min);
     }
     // Everything lies between -128 and 128: nothing is infinite or NaN, and 255 times it fits into 16 bits.
-    UBGEN_INLINE bool tame() const {
+    UBGEN_INLINE bool below_128() const {
         const I limit = packed(0x42ff), sign = packed(0x8000);  // the last bfloat16 below 128
-        return !any_signed_above(signed_most, limit) && !any_signed_above(most ^ sign, limit);
+        return !any_signed_above(signed_max, limit) && !any_signed_above(unsigned_max ^ sign, limit);
     }
     void into(Range &range) const {  // of no values at all both are NaN, which is neither below nor above
         BFloat16 a[2 * kLanes], b[2 * kLanes], c[2 * kLanes];
-        store_packed(a, signed_most);
-        store_packed(b, most);
-        store_packed(c, least);
+        store_packed(a, signed_max);
+        store_packed(b, unsigned_max);
+        store_packed(c, unsigned_min);
         for (int k = 0; k < 2 * kLanes; ++k) {
             const bool all_negative = a[k].bits & 0x8000, some_negative = b[k].bits & 0x8000;
             const float high = one_float(all_negative ? c[k] : a[k]), low = one_float(some_negative ? b[k] : c[k]);
@@ -158,7 +158,7 @@ struct Extremes {
 // integer is in the low half.
 UBGEN_INLINE I to_integers(F v) { return bits(fma(v, broadcast(255.0f), broadcast(kRound))); }
 
-// Every whole vector of a run as if it were tame; the run is done again as any other where it was not.
+// Whole vectors as if every value lay between -128 and 128; a run where that was not so is done again, as any other.
 UBGEN_INLINE void planar_strip(const BFloat16 *red, const BFloat16 *green, const BFloat16 *blue, int64_t count,
                                uint8_t *bytes, Range &range) {
     Extremes all;
@@ -177,7 +177,7 @@ UBGEN_INLINE void planar_strip(const BFloat16 *red, const BFloat16 *green, const
         }
         chains[0].add(chains[1]);
         chains[0].add(chains[2]);
-        if (chains[0].tame())
+        if (chains[0].below_128())
             all.add(chains[0]);
         else
             planar_run(red + begin, green + begin, blue + begin, end - begin, bytes + 3 * begin, range);
