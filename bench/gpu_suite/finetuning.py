@@ -18,7 +18,7 @@ from bench.gpu_suite.networks import (
 )
 from bench.gpu_suite.suite import Suite
 from ubgen.benchmark import compare, peak_memory
-from ubgen.diffusion import StableDiffusion, add_lora
+from ubgen.diffusion import FusedTwin, StableDiffusion, add_lora
 from ubgen.rewards import Clip, Discriminator, QAlign
 from ubgen.train.attention import set_attention
 from ubgen.train.config import NetworkPaths, RolloutConfig, TrainConfig
@@ -71,7 +71,8 @@ def run(suite: Suite) -> None:
 
 def _update(players: Players, config: TrainConfig, batch: Batch, way: Way) -> None:
     unet = players.sd.unet
-    set_attention(unet, way.attention, players.device, config.precision)
+    for network in (unet, players.twin.network):
+        set_attention(network, way.attention, players.device, config.precision)
     if way.checkpointing:
         unet.enable_gradient_checkpointing()
     else:
@@ -101,6 +102,7 @@ def _players(suite: Suite, config: TrainConfig) -> Players:
     sd = StableDiffusion(unet, random_vae(sizes.vae, device, dtype), None, None, None, Path())
     return Players(
         sd=sd,
+        twin=FusedTwin(unet),
         scheduler=config.rollout.sampler,
         clip=clip,
         qalign=qalign,

@@ -2,6 +2,7 @@
 
 from ubgen.diffusion.lora import (
     LORA_FILE,
+    FusedTwin,
     add_lora,
     load_lora,
     lora_parameters,
@@ -22,6 +23,7 @@ from ubgen.diffusion.stable_diffusion import (
 __all__ = [
     "LORA_FILE",
     "Call",
+    "FusedTwin",
     "StableDiffusion",
     "add_lora",
     "decode",

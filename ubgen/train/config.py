@@ -99,12 +99,15 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """The LoRA on the UNet's attention, and its AdamW."""
+    """The LoRA on the UNet, and its AdamW."""
 
     lora_rank: int = 128
     """Rank of the LoRA."""
     lora_alpha: float | None = None
     """LoRA scale times rank; the rank itself if not given."""
+    lora_layers: Literal["attention", "transformer"] = "attention"
+    """Where the LoRA lies: on the projections of every attention (the paper), or also on the feed-forward layers and
+    the projections into and out of the transformer blocks."""
     lr: float = 2e-5
     """Learning rate, constant."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from ubgen.classes import ClassList
 from ubgen.config import require_directory
-from ubgen.diffusion import StableDiffusion, add_lora, encode_prompts, load_stable_diffusion, with_sampler
+from ubgen.diffusion import (
+    FusedTwin,
+    StableDiffusion,
+    add_lora,
+    encode_prompts,
+    load_stable_diffusion,
+    with_sampler,
+)
 from ubgen.errors import UserError
 from ubgen.rewards import Centre, Clip, Discriminator, QAlign
 from ubgen.train.attention import set_attention
@@ -59,6 +66,7 @@ class Players:
     """All that an update needs. Networks that the losses do not use are None."""
 
     sd: StableDiffusion
+    twin: FusedTwin  # of the UNet: most calls of a rollout need no gradient
     scheduler: Any
     clip: Clip | None
     qalign: QAlign | None
@@ -104,11 +112,13 @@ def load_players(config: TrainConfig, classes: ClassList, device: torch.device) 
     dtype = HALF[config.precision]
     sd = load_stable_diffusion(config.networks.stable_diffusion, dtype, device)
     lora = _equip_unet(sd.unet, config)
+    attention = set_attention(sd.unet, config.attention, device, config.precision)
     clip, qalign = _load_rewards(config, dtype, device)
     prompts = [config.prompt.replace("{name}", name) for name in classes.names]
     descriptions = [config.description.replace("{name}", name) for name in classes.names]
     return Players(
         sd=sd,
+        twin=FusedTwin(sd.unet),
         scheduler=with_sampler(sd.scheduler, config.rollout.sampler),
         clip=clip,
         qalign=qalign,
@@ -121,7 +131,7 @@ def load_players(config: TrainConfig, classes: ClassList, device: torch.device) 
         descriptions_ND=None if clip is None else clip.encode_text(descriptions).float(),
         device=device,
         dtype=dtype,
-        attention=set_attention(sd.unet, config.attention, device, config.precision),
+        attention=attention,
         average=Average(lora) if config.generator.average_last else None,
         pace=Pace(config.losses)
         if discriminator_in_play(config.losses) and config.losses.entire_rise
@@ -135,7 +145,8 @@ def discriminator_in_play(losses: LossConfig) -> bool:
 
 
 def _equip_unet(unet: Any, config: TrainConfig) -> list[nn.Parameter]:
-    lora = add_lora(unet, config.generator.lora_rank, config.generator.lora_alpha, config.seed)
+    settings = config.generator
+    lora = add_lora(unet, settings.lora_rank, settings.lora_alpha, config.seed, settings.lora_layers)
     if config.rollout.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()

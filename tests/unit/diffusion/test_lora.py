@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from ubgen.diffusion import (
     LORA_FILE,
+    FusedTwin,
     StableDiffusion,
     add_lora,
     load_lora,
@@ -21,9 +22,11 @@ from ubgen.errors import UserError
 INPUT = (torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), torch.randn(2, 16, 32))
 
 
-def trained(sd: StableDiffusion, rank: int, alpha: float | None = None) -> StableDiffusion:
+def trained(
+    sd: StableDiffusion, rank: int, alpha: float | None = None, layers: str = "attention"
+) -> StableDiffusion:
     """A LoRA whose B is not zero any more."""
-    for parameter in add_lora(sd.unet, rank, alpha, seed=3):
+    for parameter in add_lora(sd.unet, rank, alpha, seed=3, layers=layers):
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     return sd
 
@@ -60,11 +63,25 @@ def test_half_precision_base_gets_a_float32_lora(reference: Path) -> None:
     assert {p.dtype for p in add_lora(sd.unet, rank=2)} == {torch.float32}
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(4, None), (8, 3)])
+def test_lora_on_the_transformer_covers_its_linear_layers_and_no_other(tiny: StableDiffusion) -> None:
+    before = output(tiny)
+    add_lora(tiny.unet, rank=4, layers="transformer")
+    assert torch.equal(before, output(tiny))
+    blocks = [m for m in tiny.unet.modules() if type(m).__name__ == "Transformer2DModel"]
+    inside = sum(p.requires_grad for block in blocks for p in block.parameters())
+    assert inside == len(blocks) * 2 * (
+        8 + 2 + 2
+    )  # two attentions of four, feed-forward, into and out of the block
+    assert sum(p.requires_grad for p in tiny.unet.parameters()) == inside
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "layers"), [(4, None, "attention"), (8, 3, "attention"), (4, 2, "transformer")]
+)
 def test_saved_lora_loads_in_plain_diffusers(
-    tiny: StableDiffusion, reference: Path, tmp_path: Path, rank: int, alpha: float | None
+    tiny: StableDiffusion, reference: Path, tmp_path: Path, rank: int, alpha: float | None, layers: str
 ) -> None:
-    expected = output(trained(tiny, rank, alpha))
+    expected = output(trained(tiny, rank, alpha, layers))
     save_lora(tiny.unet, tmp_path)
     fresh = load_stable_diffusion(reference / "model")
     pipe = StableDiffusionPipeline(
@@ -81,8 +98,11 @@ def test_saved_lora_loads_in_plain_diffusers(
     assert torch.equal(output(fresh), expected)
 
 
-def test_alpha_other_than_rank_round_trips(tiny: StableDiffusion, reference: Path, tmp_path: Path) -> None:
-    expected = output(trained(tiny, rank=8, alpha=2))
+@pytest.mark.parametrize("layers", ["attention", "transformer"])
+def test_alpha_other_than_rank_round_trips(
+    tiny: StableDiffusion, reference: Path, tmp_path: Path, layers: str
+) -> None:
+    expected = output(trained(tiny, rank=8, alpha=2, layers=layers))
     save_lora(tiny.unet, tmp_path)
     loaded, merged = (load_stable_diffusion(reference / "model") for _ in range(2))
     load_lora(loaded.unet, tmp_path / LORA_FILE)
@@ -111,6 +131,38 @@ def test_merging_into_half_precision_happens_in_float32(reference: Path) -> None
     assert half.dtype == torch.bfloat16
     expected = full.to(torch.bfloat16).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in half.state_dict().items())
+
+
+def test_fused_twin_follows_the_lora_and_shares_all_else(tiny: StableDiffusion) -> None:
+    parameters = add_lora(tiny.unet, rank=4, alpha=2)
+    tiny.unet.enable_gradient_checkpointing()
+    tiny.unet.train()
+    twin = FusedTwin(tiny.unet)
+    outputs = []
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.data += 0.05 * torch.randn(parameter.shape)
+        with torch.no_grad():
+            outputs.append(twin.refresh()(*INPUT).sample)
+        assert torch.allclose(outputs[-1], output(tiny), atol=1e-5)
+    assert not torch.allclose(*outputs, atol=1e-3)
+    assert not lora_parameters(twin.network)
+    assert not any(p.requires_grad for p in twin.network.parameters())
+    own = {id(p) for p in tiny.unet.parameters()}
+    apart = {name for name, p in twin.network.named_parameters() if id(p) not in own}
+    assert len(apart) == 32  # two tensors of the LoRA for each
+    assert all(
+        name.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")) for name in apart
+    )
+
+
+def test_fused_twin_in_half_precision_has_the_merged_weights(reference: Path, tmp_path: Path) -> None:
+    """The calls without gradient then compute what the engines will compute."""
+    half, merged = (load_stable_diffusion(reference / "model", dtype=torch.bfloat16) for _ in range(2))
+    save_lora(trained(half, rank=4).unet, tmp_path)
+    merge_lora(merged.unet, tmp_path)
+    fused = FusedTwin(half.unet).refresh().state_dict()
+    assert all(torch.equal(fused[name], tensor) for name, tensor in merged.unet.state_dict().items())
 
 
 def test_wrong_lora_files_are_refused(tiny: StableDiffusion, tmp_path: Path) -> None:
