@@ -34,10 +34,22 @@ ROOM = 30e9  # bytes for everything besides Q-Align's weights
 class Way:
     checkpointing: bool
     attention: str
+    fused: bool = True
 
     @property
     def name(self) -> str:
-        return f"{self.attention}, checkpointing {'on' if self.checkpointing else 'off'}"
+        name = f"{self.attention}, checkpointing {'on' if self.checkpointing else 'off'}"
+        return name if self.fused else f"{name}, LoRA never fused"
+
+
+@dataclass(frozen=True)
+class Unfused:
+    """In the place of the twin: the UNet itself, so that every call of the rollout pays for the LoRA's layers."""
+
+    network: nn.Module
+
+    def refresh(self) -> nn.Module:
+        return self.network
 
 
 def run(suite: Suite) -> None:
@@ -46,7 +58,8 @@ def run(suite: Suite) -> None:
     players = _players(suite, config)
     batch = draw_batch(config, NAMES, suite.sizes.latent, "train", 0, config.batch_size, 0, 1)
     sides, peaks = {}, {}
-    for way in (Way(c, a) for a in ("sdpa", "xformers") for c in (True, False)):
+    ways = [Way(c, a) for a in ("sdpa", "xformers") for c in (True, False)]
+    for way in (*ways, Way(True, "sdpa", fused=False)):
         with suite.guard(way.name):
             update = partial(_update, players, config, batch, way)
             with peak_memory(suite.device) as peak:
@@ -79,6 +92,8 @@ def _update(players: Players, config: TrainConfig, batch: Batch, way: Way) -> No
         unet.disable_gradient_checkpointing()
     unet.train(way.checkpointing)
     rollout = replace(config.rollout, gradient_checkpointing=way.checkpointing)
+    if not way.fused:
+        players = replace(players, twin=Unfused(unet))
     generator_update(players, replace(config, rollout=rollout), batch)
 
 

@@ -52,6 +52,7 @@ def test_the_reduced_run_goes_through_every_part(tmp_path: Path) -> None:
     assert {r["variant"] for r in parts["train"]["rows"]} >= {
         "sdpa, checkpointing on",
         "sdpa, checkpointing off",
+        "sdpa, checkpointing on, LoRA never fused",
     }
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     for title in ("Native operations", "One guided UNet call, 2 images", "Decoder", "Scorers", "One update"):
