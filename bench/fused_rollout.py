@@ -94,11 +94,12 @@ def main() -> None:
     table.text_columns = 1
     table.rows = [(name, f"{row['ms']:.0f}", f"{row['operators']:,}") for name, row in rows.items()]
     slow, fast = rows["unfused"], rows["fused"]
+    rollout, generator = config.rollout, config.generator
     table.note = (
         f"Fused against unfused: {fast['ms'] / slow['ms']:.2f} of the time, "
-        f"{fast['operators'] / slow['operators']:.2f} of the operators. Update: without the adversary, the recipe's {config.rollout.steps} "
-        f"{config.rollout.sampler.upper()} steps, {config.rollout.grad_steps} of them with gradient, LoRA on the "
-        f"{config.generator.lora_layers}, rank {config.generator.lora_rank}, medians of {times['fused'].rounds} turns. "
+        f"{fast['operators'] / slow['operators']:.2f} of the operators. Update: without the adversary, {rollout.steps} "
+        f"{rollout.sampler.upper()} steps, {rollout.grad_steps} of them with gradient, LoRA on the "
+        f"{generator.lora_layers}, rank {generator.lora_rank}, medians of {times['fused'].rounds} turns. "
         f"Operators: one call at SD1.5's size, bfloat16, LoRA of rank {RANK}.\n\n{describe(record)}."
     )
     (RESULTS / "fused-rollout.json").write_text(
