@@ -7,14 +7,14 @@ each is at least one kernel to launch. Writes results/fused-rollout.{json,md}.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.gpu_suite.finetuning import Unfused
 from bench.gpu_suite.sizes import FULL
 from ubgen.benchmark import Table, compare, machine_record
 from ubgen.benchmark.machine import describe
@@ -29,16 +29,6 @@ from ubgen.train.update import generator_update
 RESULTS = Path(__file__).parent / "results"
 ROWS, RANK = 8, 128  # four images with guidance, the paper's rank
 NO_KERNEL = ("_unsafe_view", "empty")
-
-
-@dataclass(frozen=True)
-class Unfused:
-    """In the twin's place: the UNet itself."""
-
-    network: nn.Module
-
-    def refresh(self) -> nn.Module:
-        return self.network
 
 
 class Counter(TorchDispatchMode):
@@ -72,9 +62,8 @@ def operators() -> Iterator[tuple[str, int]]:
 
 def main() -> None:
     config = load_recipe("miniature", TrainConfig)
-    config = replace(
-        config, losses=replace(config.losses, entire=0.0, entire_rise=None)
-    )  # it needs a warm-up
+    # the adversary would need a warm-up
+    config = replace(config, losses=replace(config.losses, entire=0.0, entire_rise=None))
     classes = load_classes(config.classes)
     players = load_players(config, classes, torch.device("cpu"))
     shape = players.sd.latent_shape()

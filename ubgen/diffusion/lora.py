@@ -73,7 +73,9 @@ class FusedTwin:
     @torch.no_grad()
     def refresh(self) -> Any:
         """The twin's network, with the LoRA as it is now: the sum in float32, rounded once to the weights' type."""
-        with torch.autocast(self.network.device.type, enabled=False):  # the caller's would multiply in half precision
+        with torch.autocast(
+            self.network.device.type, enabled=False
+        ):  # the caller's would multiply in half precision
             for name, layer in self._layers:
                 weight = self.network.get_submodule(name).weight
                 weight.copy_(layer.get_base_layer().weight.float() + layer.get_delta_weight("default"))
