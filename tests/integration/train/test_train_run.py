@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ubgen.diffusion import LORA_FILE, load_lora, load_stable_diffusion, lora_parameters
+from ubgen.classes import load_classes
+from ubgen.diffusion import LORA_FILE, FusedTwin, load_lora, load_stable_diffusion, lora_parameters
 from ubgen.errors import UserError
 from ubgen.manifest import read_manifest, stage_directory
 from ubgen.rewards import Discriminator
 from ubgen.train import LossConfig, RolloutConfig, TrainConfig, train
 from ubgen.train.checkpoint import DISCRIMINATOR_FILE
+from ubgen.train.players import load_players
+from ubgen.train.stream import draw_batch
+from ubgen.train.update import generator_update, warmup_features
 
 Change = Callable[..., TrainConfig]
 
@@ -226,3 +231,22 @@ def test_rewards_rise_where_they_are_all_that_counts(
     train(dataclasses.replace(longer, losses=losses, max_updates=16, batch_size=4), tmp_path / "run")
     quality = [row["quality"] for row in metrics(tmp_path / "run")]
     assert sum(quality[-5:]) / 5 > sum(quality[:5]) / 5 + 0.1
+
+
+def test_calls_without_gradient_follow_the_lora(config: TrainConfig) -> None:
+    """An update with the twin is the update in which the UNet with its LoRA makes every call."""
+    classes, rows = load_classes(config.classes), []
+    for every_call_by_the_unet in (False, True):
+        players = load_players(config, classes, torch.device("cpu"))
+        unet, generator = players.sd.unet, torch.Generator().manual_seed(0)
+        for parameter in players.lora:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        batch = draw_batch(config, classes.names, players.sd.latent_shape(), "train", 0, 2, 0, 1)
+        for phase in (warmup_features, generator_update):
+            twin = FusedTwin(unet)  # one that has seen no LoRA yet
+            if every_call_by_the_unet:
+                twin = SimpleNamespace(refresh=lambda unet=unet: unet)
+            rows.append(phase(dataclasses.replace(players, twin=twin), config, batch))
+    for (features, figures), (expected, reference) in zip(rows[:2], rows[2:], strict=True):
+        assert torch.allclose(features, expected, atol=1e-4)
+        assert figures == pytest.approx(reference, rel=1e-3)
