@@ -31,7 +31,7 @@ ROWS, RANK = 8, 128  # four images with guidance, the paper's rank
 NO_KERNEL = ("_unsafe_view", "empty")
 
 
-class Counter(TorchDispatchMode):
+class OperatorCount(TorchDispatchMode):
     """Counts the operators that make a tensor of their own; views are free."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ def operators() -> Iterator[tuple[str, int]]:
         add_lora(unet, RANK)
     for name, network in (("unfused", unet), ("fused", FusedTwin(unet).network)):
         half = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
-        with torch.no_grad(), half, Counter() as counter:
+        with torch.no_grad(), half, OperatorCount() as counter:
             network(latents, timestep, context)
         yield name, counter.count
 

@@ -54,7 +54,7 @@ def lora_parameters(unet: Any) -> list[nn.Parameter]:
 class FusedTwin:
     """A second UNet that computes what `unet` and its LoRA compute, from fused weights: for calls without gradient.
 
-    An unfused LoRA layer is three operators more than the layer, and six where half precision casts; a rollout needs
+    An unfused LoRA layer is four operators more than the layer, and six where half precision casts; a rollout needs
     them only in the calls that it differentiates. All other tensors are `unet`'s own. `unet` keeps its LoRA; its
     modules, attention processors among them, are copied as they are, so make the twin last.
     """
@@ -64,20 +64,22 @@ class FusedTwin:
 
         own = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
         self.network = copy.deepcopy(unet, own).eval()
-        self._layers = [(name, layer) for name, layer in unet.named_modules() if isinstance(layer, LoraLayer)]
-        for name, layer in self._layers:
+        layers = [(name, layer) for name, layer in unet.named_modules() if isinstance(layer, LoraLayer)]
+        self._weights: list[
+            tuple[Any, nn.Parameter]
+        ] = []  # a layer with its LoRA, and its weight in the twin
+        for name, layer in layers:
             plain = self.network.get_submodule(name).get_base_layer()
             plain.weight = nn.Parameter(layer.get_base_layer().weight.clone(), requires_grad=False)
             self.network.set_submodule(name, plain)
+            self._weights.append((layer, plain.weight))
 
     @torch.no_grad()
     def refresh(self) -> Any:
         """The twin's network, with the LoRA as it is now: the sum in float32, rounded once to the weights' type."""
-        with torch.autocast(
-            self.network.device.type, enabled=False
-        ):  # the caller's would multiply in half precision
-            for name, layer in self._layers:
-                weight = self.network.get_submodule(name).weight
+        # the caller's autocast would multiply in half precision
+        with torch.autocast(self.network.device.type, enabled=False):
+            for layer, weight in self._weights:
                 weight.copy_(layer.get_base_layer().weight.float() + layer.get_delta_weight("default"))
         return self.network
 

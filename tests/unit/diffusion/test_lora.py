@@ -69,9 +69,8 @@ def test_lora_on_the_transformer_covers_its_linear_layers_and_no_other(tiny: Sta
     assert torch.equal(before, output(tiny))
     blocks = [m for m in tiny.unet.modules() if type(m).__name__ == "Transformer2DModel"]
     inside = sum(p.requires_grad for block in blocks for p in block.parameters())
-    assert inside == len(blocks) * 2 * (
-        8 + 2 + 2
-    )  # two attentions of four, feed-forward, into and out of the block
+    per_block = 2 * 4 + 2 + 2  # layers: two attentions, feed-forward, into and out of the block
+    assert inside == len(blocks) * per_block * 2  # A and B
     assert sum(p.requires_grad for p in tiny.unet.parameters()) == inside
 
 
@@ -151,9 +150,8 @@ def test_fused_twin_follows_the_lora_and_shares_all_else(tiny: StableDiffusion) 
     own = {id(p) for p in tiny.unet.parameters()}
     apart = {name for name, p in twin.network.named_parameters() if id(p) not in own}
     assert len(apart) == 32  # two tensors of the LoRA for each
-    assert all(
-        name.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")) for name in apart
-    )
+    projections = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
+    assert all(name.endswith(projections) for name in apart)
 
 
 def test_fused_twin_in_half_precision_has_the_merged_weights(reference: Path, tmp_path: Path) -> None:
