@@ -30,7 +30,7 @@ REAL_RUN = """The same with Stable Diffusion 1.5, once its weights lie in a loca
                --stable-diffusion SD15 --clip CLIP --qalign QALIGN
   ubgen-synth  --engine runs/sd15-engine --device cuda --classes imagenet1k --per-class 1300 --out runs/sd15-dataset"""
 
-SHORTENED = """What to expect of a shortened run: similarity, class accuracy and quality rise first. The images leave
+SHORTENED = """What to expect of a shortened run: similarity and class accuracy rise first. The images leave
 their class's biased background only in the second half of the recipe's {full} updates, because the adversarial term
 comes in as similarity rises; how many do differs from run to run (bench/results/fine-tuning.md). The whole run (about
 10 minutes on two cores), and its measures:
