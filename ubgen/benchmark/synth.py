@@ -128,7 +128,7 @@ def bench_synth(
     """Make `images` (default: 8 batches) with the engine, `rounds` times, in turns with its peers in one process.
 
     "bare" is the same loop with nothing around it: denoise and decode, results thrown away. "diffusers" is
-    StableDiffusionPipeline on the same weights, scheduler, steps, guidance and batch, in the engine's precision; left
+    StableDiffusionPipeline on the same weights, scheduler, steps, guidance and batch, in the UNet's precision; left
     out with a note where the weights are gone. Opening the engine and encoding the prompts is in no side's time.
     """
     _check(images, batch, rounds, against, dataset, gpus)
@@ -159,6 +159,7 @@ def bench_synth(
             else:
                 say("loading the weights for diffusers")
                 work.pipeline = load_peers(engines).pipeline
+                work.pipeline.to(dtype=work.pipeline.unet.dtype)  # it knows no casts between its networks
                 sides["diffusers"] = work.diffusers
         _turns(sides, rounds, result, say)
     result.machine["peak_memory"] = peak_by_device(engines.device)

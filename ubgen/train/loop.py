@@ -4,6 +4,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from rich.console import Console
@@ -42,7 +43,8 @@ def train(config: TrainConfig, out: Path, *, overwrite: bool = False, stop_after
         raise UserError(f"stop_after must be positive, not {stop_after}")
     classes = load_classes(config.classes)
     require_networks(config)
-    state = PartialState(cpu=config.device == "cpu")
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu)  # which it has to be told, or processes on the CPU do not meet
     recorded = {**to_dict(config), "processes": state.num_processes}
     if state.is_main_process:
         check_directory(out, recorded, classes, overwrite)

@@ -12,7 +12,7 @@ import torch
 from ubgen.benchmark import bench_engine, bench_synth
 from ubgen.cli import bench
 from ubgen.errors import UserError
-from ubgen.export import Exported
+from ubgen.export import Exported, export_engine, load_spec
 
 PARTS = ["text_encoder", "unet", "vae_decoder", "clip_image", "clip_text", "qalign", "denoise", "chain"]
 
@@ -127,3 +127,14 @@ def test_synthesis_is_timed_beside_its_peers(exported: Exported, tmp_path: Path)
         bench_synth(exported.path, rounds=0)
     with pytest.raises(UserError, match="--against fast: there is bare, diffusers"):
         bench_synth(exported.path, against=("fast",))
+
+
+def test_diffusers_is_timed_in_one_precision(
+    family: dict[str, str], half_spec: Path, lora: Path, tmp_path: Path
+) -> None:
+    """An engine's networks may differ in precision; diffusers' pipeline casts nothing between them."""
+    mixed = export_engine(load_spec(half_spec, **family), tmp_path / "mixed", lora)
+    result = bench_synth(
+        mixed.path, images=5, batch=5, steps=2, rounds=1, against=("diffusers",), device="cpu"
+    )
+    assert len(result.rates["diffusers"]) == 1

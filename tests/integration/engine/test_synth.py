@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -325,8 +326,9 @@ def test_the_command_ends_with_one_line(config: SynthConfig, dataset: Path, tmp_
     )
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert "shard-000000.tar" in line
+    assert re.match(
+        r"error: .*shard-00000\d\.tar", line
+    )  # two are made at a time, so either may be the first
 
 
 def test_a_finished_dataset_is_kept(config: SynthConfig, dataset: Path) -> None:

@@ -176,7 +176,9 @@ def test_two_processes_end_where_one_does(
     every_step = change(every_step, "discriminator", features=features)  # a centre is everyone's
     every_step = change(every_step, "losses", individual=8.0, entire_rise=rise)  # and so is similarity
     train(every_step, tmp_path / "one")
-    recipe = write_recipe(dataclasses.replace(every_step, batch_size=1), tmp_path / "recipe.toml")
+    device = "cpu" if torch.cuda.is_available() else "auto"  # which is the CPU, for processes that meet, too
+    halves = dataclasses.replace(every_step, batch_size=1, device=device)
+    recipe = write_recipe(halves, tmp_path / "recipe.toml")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "ubgen.cli.train", "--recipe", str(recipe), "--out", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
