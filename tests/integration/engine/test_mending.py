@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ubgen import runtime
 from ubgen.errors import UserError
-from ubgen.export import Exported, export_engine, load_spec
+from ubgen.export import Exported, ParityRow, export_engine, load_spec
 from ubgen.manifest import read_manifest
 
 LAYERS = ("decoder.mid_block.resnets.0.conv1", "decoder.mid_block.resnets.0.norm2")
@@ -64,14 +65,34 @@ def test_a_killed_export_leaves_no_half_engine(killed: Path) -> None:
         runtime.load(killed)
 
 
-def test_layers_that_overflow_in_float16_are_left_in_float32(
-    killed: Path, loud_family: dict[str, str], half_spec: Path, lora: Path
-) -> None:
+@dataclasses.dataclass
+class Mended:
+    result: Exported
+    said: list[str]
+    times_before: dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def mended(killed: Path, loud_family: dict[str, str], half_spec: Path, lora: Path) -> Mended:
     """The killed export, continued."""
     said: list[str] = []
-    kept = {file.name: file.stat().st_mtime_ns for file in killed.glob("*.onnx")}
-    result = export_engine(load_spec(half_spec, **loud_family), killed, lora, say=said.append)
-    row = next(row for row in result.parity if row.network == "vae_decoder")
+    before = times(killed)
+    return Mended(
+        export_engine(load_spec(half_spec, **loud_family), killed, lora, say=said.append), said, before
+    )
+
+
+def times(engine: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in engine.glob("*.onnx")}
+
+
+def decoder_row(result: Exported) -> ParityRow:
+    return next(row for row in result.parity if row.network == "vae_decoder")
+
+
+def test_layers_that_overflow_in_float16_are_left_in_float32(mended: Mended) -> None:
+    result, killed = mended.result, mended.result.path
+    row = decoder_row(result)
     assert row.error_without is not None
     assert row.error_without > 0.5, "float16 alone must break it, or this test shows nothing"
     assert row.error <= 0.02
@@ -82,12 +103,33 @@ def test_layers_that_overflow_in_float16_are_left_in_float32(
     assert float16_share(killed / "vae_decoder.onnx") > 0.7
     assert list(runtime.load(killed)) == [row.network for row in result.parity]
     # what had not changed was not compiled again, and nothing else is left
-    assert [line for line in said if "compiling" in line] == [
+    assert [line for line in mended.said if "compiling" in line] == [
         "vae_decoder: compiling with onnxruntime in float16"
     ] * 2
-    now = {file.name: file.stat().st_mtime_ns for file in killed.glob("*.onnx")}
-    assert {name for name in kept if kept[name] != now[name]} == {"vae_decoder.onnx"}
+    before, now = mended.times_before, times(killed)
+    assert {name for name in before if before[name] != now[name]} == {"vae_decoder.onnx"}
     assert not (killed / ".building").exists()
+
+
+@pytest.mark.parametrize(("tolerance", "kept"), [(0.03, LAYERS), (1.0, ())])
+def test_layers_stay_in_float32_while_the_tolerance_needs_them(
+    tolerance: float,
+    kept: tuple[str, ...],
+    mended: Mended,
+    half_spec: Path,
+    loud_family: dict[str, str],
+    lora: Path,
+    tmp_path: Path,
+) -> None:
+    """Here all the images are wrong without them, which only a chain that may differ at will lets pass."""
+    text = half_spec.read_text(encoding="utf-8").replace("tolerance = 2e-2", f"tolerance = {tolerance}")
+    chain = "[parity.chain]\npsnr = 0.1\nwithin_one_level = 1e-9\nclip_similarity = 2.0\nquality = 5.0\n"
+    loose = tmp_path / "loose.toml"
+    loose.write_text(re.sub(r"\[parity\.chain\][^[]*", chain, text), encoding="utf-8")
+    engine = tmp_path / "engine"
+    shutil.copytree(mended.result.path, engine)
+    result = export_engine(load_spec(loose, **loud_family), engine, lora, overwrite=True)
+    assert decoder_row(result).kept_float32 == kept
 
 
 def float16_share(path: Path) -> float:
