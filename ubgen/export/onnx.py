@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ubgen.export.networks import Exportable
-from ubgen.export.onnx_passes import fit_cpu
+from ubgen.export.onnx_passes import compute_equal_rows_once, fit_cpu
 from ubgen.export.spec import NetworkSpec
 
 EMBED_LIMIT = 2**30  # bytes of weights; a protobuf file ends at 2 GiB, larger ones go to a file beside it
@@ -19,7 +20,8 @@ def export_onnx(network: Exportable, spec: NetworkSpec, path: Path) -> list[Path
     """Write `path` (and `path`.data when the weights are large); the batch is free within the spec's range.
 
     Returns the files written, the graph first. It is standard ONNX, but for ONNX Runtime on the CPU: there it is
-    rewritten for that provider's kernels (see `onnx_passes`), which opset 23 gives the most to work on.
+    rewritten for that provider's kernels (see `onnx_passes`). What guidance would compute twice is computed once;
+    opset 23, whose norms and attention are single operators, gives both the most to work on.
     """
     example = network.example(spec.batch)
     data = path.with_name(f"{path.name}.data")
@@ -40,6 +42,9 @@ def export_onnx(network: Exportable, spec: NetworkSpec, path: Path) -> list[Path
         assert program is not None  # it would be with the exporter before dynamo's
         if spec.compiler == "onnxruntime" and spec.options.provider == "cpu":
             fit_cpu(program.model)
+        else:
+            compute_equal_rows_once(program.model.graph)
+            RemoveUnusedNodesPass()(program.model)
         program.save(str(path), external_data=size > EMBED_LIMIT)
     return [path, data] if data.exists() else [path]
 

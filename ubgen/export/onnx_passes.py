@@ -201,13 +201,13 @@ def _keeps_rows_apart(node: Any, half: dict[Any, Any]) -> bool:
     if node.op_type in ("Add", "Div", "Mul", "Sub"):
         rank = output.shape.rank()
         return all(v.shape.rank() == rank if v in half else _without_rows(v, rank) for v in node.inputs)
-    if node.op_type in ("MultiHeadAttention", "Concat"):
+    if node.op_type in ("Attention", "MultiHeadAttention", "Concat"):
         apart = node.op_type != "Concat" or _axis(node, output) != 0
         return apart and all(value in half for value in node.inputs)
     if first not in half or not all(_is_constant(value) for value in others):
         return False
     match node.op_type:
-        case "Conv" | "Cos" | "Gelu" | "GroupNormalization" | "Sigmoid" | "Sin":
+        case "Cast" | "Conv" | "Cos" | "Gelu" | "GroupNormalization" | "Sigmoid" | "Sin":
             return True
         case "Gemm":
             return not node.attributes.get_int("transA", 0)

@@ -58,6 +58,15 @@ def test_the_parser_takes_the_half_precision_graph(
         read = {weights[value] for node in products for value in node.input if value in weights}
         assert onnx.TensorProto.FLOAT16 in read
         assert_like(graph, network, 1e-2)
+        if (name, opset) == ("unet", 23):
+            assert_shared(onnx.shape_inference.infer_shapes(model).graph)
+
+
+def assert_shared(graph: onnx.GraphProto) -> None:
+    """What comes before the first cross-attention is computed on B rows, not on guidance's 2B."""
+    rows = {v.name: v.type.tensor_type.shape.dim[0].dim_param for v in graph.value_info}
+    first, second, *_ = (node.output[0] for node in graph.node if node.op_type == "Attention")
+    assert (rows[first], rows[second]) == ("batch", "2*batch")
 
 
 @pytest.mark.skipif(not modelopt().available, reason=modelopt().detail)

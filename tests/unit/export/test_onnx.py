@@ -101,10 +101,8 @@ def standard(unet, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fitted(standard, tmp_path_factory) -> ir.Model:
-    model = ir.load(standard)
-    fit_cpu(model)
-    return model
+def fitted(unet, tmp_path_factory) -> ir.Model:
+    return ir.load(export(unet, tmp_path_factory.mktemp("cpu") / "unet.onnx", Options(provider="cpu")))
 
 
 def test_the_graph_for_a_gpu_is_standard_onnx(standard, unet):
