@@ -107,11 +107,15 @@ class Bench:
         if side in STEPS:
             return _apply(STEPS[side], self.file("ort opset 23, plain"), self.file(side))
         from ubgen.export.compilers import COMPILERS
+        from ubgen.export.onnx import export_onnx
 
         network, spec = exportable(self.config), self.spec(side)
         start = time.perf_counter()
         stem = self.work / _stem(side)
-        COMPILERS[spec.compiler](network, spec, stem, "cpu", lambda line: None)
+        if side in PLAIN:
+            export_onnx(network, spec, self.file(side), rewrite=False)
+        else:
+            COMPILERS[spec.compiler](network, spec, stem, "cpu", lambda line: None)
         signature = network.signature(BATCH)
         (self.work / "signature.json").write_text(json.dumps(signature.to_dict()), encoding="utf-8")
         return {"seconds": time.perf_counter() - start}
@@ -120,9 +124,7 @@ class Bench:
         if side in PACKAGES:
             options = Options(freeze=PACKAGES[side], max_autotune=False)
             return NetworkSpec(BATCH, 1e-4, compiler="aotinductor", options=options)
-        # the graph for a GPU is the plain one
-        options = Options(provider="cuda" if side in PLAIN else "cpu")
-        return NetworkSpec(BATCH, 1e-4, opset=PLAIN.get(side, 23), options=options)
+        return NetworkSpec(BATCH, 1e-4, opset=PLAIN.get(side, 23))
 
     def file(self, side: str) -> Path:
         return self.work / f"{_stem(side)}.{'pt2' if side in PACKAGES else 'onnx'}"

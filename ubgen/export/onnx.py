@@ -16,12 +16,13 @@ from ubgen.export.spec import NetworkSpec
 EMBED_LIMIT = 2**30  # bytes of weights; a protobuf file ends at 2 GiB, larger ones go to a file beside it
 
 
-def export_onnx(network: Exportable, spec: NetworkSpec, path: Path) -> list[Path]:
+def export_onnx(network: Exportable, spec: NetworkSpec, path: Path, *, rewrite: bool = True) -> list[Path]:
     """Write `path` (and `path`.data when the weights are large); the batch is free within the spec's range.
 
     Returns the files written, the graph first. It is standard ONNX, but for ONNX Runtime on the CPU: there it is
     rewritten for that provider's kernels (see `onnx_passes`). What guidance would compute twice is computed once;
-    opset 23, whose norms and attention are single operators, gives both the most to work on.
+    opset 23, whose norms and attention are single operators, gives both the most to work on. `rewrite` False leaves
+    the graph as PyTorch's exporter writes it.
     """
     example = network.example(spec.batch)
     data = path.with_name(f"{path.name}.data")
@@ -40,9 +41,9 @@ def export_onnx(network: Exportable, spec: NetworkSpec, path: Path) -> list[Path
             verbose=False,
         )
         assert program is not None  # it would be with the exporter before dynamo's
-        if spec.compiler == "onnxruntime" and spec.options.provider == "cpu":
+        if rewrite and spec.compiler == "onnxruntime" and spec.options.provider == "cpu":
             fit_cpu(program.model)
-        else:
+        elif rewrite:
             compute_equal_rows_once(program.model.graph)
             RemoveUnusedNodesPass()(program.model)
         program.save(str(path), external_data=size > EMBED_LIMIT)
