@@ -103,7 +103,7 @@ class Bench:
         self.config = SMALL if small else SD15
 
     def export(self, side: str) -> dict[str, Any]:
-        """Make the file of one side, as `ubgen-export` does it for a network."""
+        """Make the file of one side: the plain graphs as PyTorch exports them, all else as `ubgen-export` does."""
         if side in STEPS:
             return _apply(STEPS[side], self.file("ort opset 23, plain"), self.file(side))
         from ubgen.export.compilers import COMPILERS

@@ -65,9 +65,8 @@ class FusedTwin:
         own = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
         self.network = copy.deepcopy(unet, own).eval()
         layers = [(name, layer) for name, layer in unet.named_modules() if isinstance(layer, LoraLayer)]
-        self._weights: list[
-            tuple[Any, nn.Parameter]
-        ] = []  # a layer with its LoRA, and its weight in the twin
+        # each layer with its LoRA, and its weight in the twin
+        self._weights: list[tuple[Any, nn.Parameter]] = []
         for name, layer in layers:
             plain = self.network.get_submodule(name).get_base_layer()
             plain.weight = nn.Parameter(layer.get_base_layer().weight.clone(), requires_grad=False)

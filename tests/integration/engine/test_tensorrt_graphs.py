@@ -64,7 +64,8 @@ def test_the_parser_takes_the_half_precision_graph(
 
 def assert_shared(graph: onnx.GraphProto) -> None:
     """What comes before the first cross-attention is computed on B rows, not on guidance's 2B."""
-    rows = {v.name: v.type.tensor_type.shape.dim[0].dim_param for v in graph.value_info}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
+    rows = {name: shape[0].dim_param for name, shape in shapes.items() if shape}
     first, second, *_ = (node.output[0] for node in graph.node if node.op_type == "Attention")
     assert (rows[first], rows[second]) == ("batch", "2*batch")
 
