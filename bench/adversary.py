@@ -89,7 +89,8 @@ def base_features(config: TrainConfig, batches: int) -> tuple[Tensor, Tensor]:
         batch = draw_batch(
             config, classes.names, players.sd.latent_shape(), "warmup", update, 32, rank=0, processes=1
         )
-        features.append(warmup_features(players, config, batch))
+        found, _ = warmup_features(players, config, batch)
+        features.append(found)
         labels.append(batch.classes_B)
     return torch.cat(features), torch.cat(labels)
 
