@@ -66,9 +66,9 @@ def play(name: str, given: Arguments) -> dict[str, float]:
         call([Path(sys.executable).parent / "ubgen-train", "--recipe", "miniature", "--out", run, *overrides])
         (given.work / f"{name}.minutes").write_text(f"{(time.monotonic() - start) / 60:.2f}")
     if not (measured / "measures.json").is_file():
-        lora = ["--no-base", "--lora", run] if overrides is not None else []
-        which = [*lora, "--per-class", str(given.per_class), "--seed", str(given.seed), "--out", measured]
-        call([sys.executable, "-m", "ubgen.miniature.measure", *which])
+        lora: list[str | Path] = ["--no-base", "--lora", run] if overrides is not None else []
+        noise = ["--per-class", str(given.per_class), "--seed", str(given.seed)]
+        call([sys.executable, "-m", "ubgen.miniature.measure", *lora, *noise, "--out", measured])
     (measures,) = json.loads((measured / "measures.json").read_text()).values()
     took = given.work / f"{name}.minutes"
     return {**measures, **({"minutes_of_training": float(took.read_text())} if took.is_file() else {})}

@@ -12,7 +12,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -33,7 +35,10 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Case:
-    """`kernel` is the native function alone, on outputs that exist; `bytes` is what it must read and write."""
+    """`kernel` is the native function alone, on outputs that exist; `bytes` is what it must read and write.
+
+    `keep` holds the tensors whose addresses `kernel` was given.
+    """
 
     operation: str
     what: str
@@ -41,6 +46,7 @@ class Case:
     ours: Call
     bytes: int
     kernel: Call | None = None
+    keep: object = None
 
 
 @dataclass(frozen=True)
@@ -83,18 +89,19 @@ def steps(device: str) -> Iterator[Case]:
         yield Case(
             "guided_step",
             f"PNDM, {batch}x4x64x64 {name(dtype)}",
-            lambda arguments=arguments: reference.guided_step(*arguments),
-            lambda arguments=arguments: guided_step(*arguments),
+            partial(reference.guided_step, *arguments),
+            partial(guided_step, *arguments),
             8 * x.nbytes,
-            lambda raw=raw, keep=(x, u, c, h0, h1, h2, x_next, e): native("guided_step", device)(*raw),
+            partial(native("guided_step", device), *raw),
+            keep=(x, u, c, h0, h1, h2, x_next, e),
         )
     x, u = (torch.randn(8, 4, 64, 64, device=device) for _ in range(2))
-    plain = (x, u, None, [], 1.12, -0.12, 1.0, [1.0])
+    plain: tuple[Any, ...] = (x, u, None, [], 1.12, -0.12, 1.0, [1.0])
     yield Case(
         "guided_step",
         "DDIM, guided outside, 8x4x64x64 float32",
-        lambda: reference.guided_step(*plain),
-        lambda: guided_step(*plain),
+        partial(reference.guided_step, *plain),
+        partial(guided_step, *plain),
         3 * x.nbytes,
     )
 
@@ -112,15 +119,16 @@ def pictures(device: str) -> Iterator[Case]:
         outputs = quantise(x)
         layout = int(memory_format == torch.channels_last)
         raw = (_native.DTYPES[dtype], layout, x.data_ptr(), 4, 512, 512, *(t.data_ptr() for t in outputs))
-        kernel = lambda raw=raw, keep=(x, outputs): native("quantise", device)(*raw)  # noqa: E731
+        kernel = partial(native("quantise", device), *raw)
         for what, eager in (("with statistics", eager_statistics), ("bytes only in eager", eager_bytes)):
             yield Case(
                 "quantise",
                 f"4x3x512x512 {label}, {what}",
-                lambda x=x, eager=eager: eager(x),
-                lambda x=x: quantise(x),
+                partial(eager, x),
+                partial(quantise, x),
                 x.nbytes + x.numel(),
                 kernel,
+                keep=(x, outputs),
             )
 
 
@@ -142,8 +150,8 @@ def resizes(device: str) -> Iterator[Case]:
         yield Case(
             "resize_normalise",
             f"4x512x512x3 to {size}",
-            lambda size=size: eager_resize(pixels, size),
-            lambda size=size: resize_normalise(pixels, size, MEAN, STD),
+            partial(eager_resize, pixels, size),
+            partial(resize_normalise, pixels, size, MEAN, STD),
             pixels.numel() + 4 * 3 * size * size * 4,
         )
 
@@ -169,10 +177,15 @@ def norms(device: str) -> Iterator[Case]:
             yield Case(
                 "group_norm_silu",
                 f"2x{channels}x{side}x{side} {label}",
-                lambda x=x, w=weight, b=bias: F.silu(F.group_norm(x, 32, w, b, 1e-5)),
-                lambda x=x, w=weight, b=bias: group_norm_silu(x, 32, w, b, 1e-5),
+                partial(eager_norm, x, weight, bias),
+                partial(group_norm_silu, x, 32, weight, bias, 1e-5),
                 2 * x.nbytes,
             )
+
+
+def eager_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The two layers of a residual block."""
+    return F.silu(F.group_norm(x, 32, weight, bias, 1e-5))
 
 
 def native(operation: str, device: str) -> Callable[..., None]:

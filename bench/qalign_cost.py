@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def miniature(directory: Path, rounds: int = 21) -> dict[str, Any]:
         ]
         sides[f"ONNX Runtime, opset {opset}"] = onnx_session(file)
     reference = qalign.score(to_images(pixels))
-    seconds = interleaved({name: lambda f=side: f(pixels) for name, side in sides.items()}, rounds)
+    seconds = interleaved({name: partial(side, pixels) for name, side in sides.items()}, rounds)
     return {
         "error": {
             name: max(relative(side(pixels[:n]), reference[:n]) for n in (1, 2, 5, 8))

@@ -196,7 +196,7 @@ def _apply(names: tuple[str, ...], source: Path, target: Path) -> dict[str, Any]
 
     from ubgen.export.onnx_passes import FuseAttention, LowerGroupNorm
 
-    rules = {"attention": FuseAttention, "norm": LowerGroupNorm}
+    rules: dict[str, Any] = {"attention": FuseAttention, "norm": LowerGroupNorm}
     model = onnx_ir.load(source)
     rewrite(model, pattern_rewrite_rules=[rules[name].rule() for name in names])
     onnx_ir.save(model, target)

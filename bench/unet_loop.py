@@ -33,7 +33,8 @@ class Loop:
         self._pipeline = _pipeline(model, self._scheduler)
         generator = torch.Generator().manual_seed(3)
         size = model.config.sample_size
-        length, width = network.signature.inputs[2].shape[1:]
+        encoded: Any = network.signature.inputs[2].shape  # of fixed sizes, but for the batch
+        _, length, width = encoded
         self._latents = torch.randn(images, model.config.in_channels, size, size, generator=generator)
         self._cond = torch.randn(images, length, width, generator=generator)
         self._uncond = torch.randn(1, length, width, generator=generator)

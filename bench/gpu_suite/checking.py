@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from bench.gpu_suite.suite import Settings, Suite
 
@@ -76,7 +77,7 @@ def tests(suite: Suite) -> None:
             check=False,
         )
     text = report.read_text(encoding="utf-8")
-    counts = {
+    counts: dict[str, Any] = {
         word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", text)
     }
     suite.add(exit_code=result.returncode, **counts)

@@ -42,11 +42,11 @@ class Way:
         return name if self.fused else f"{name}, LoRA never fused"
 
 
-@dataclass(frozen=True)
-class Unfused:
+class Unfused(FusedTwin):
     """In the place of the twin: the UNet itself, so that every call of the rollout pays for the LoRA's layers."""
 
-    network: nn.Module
+    def __init__(self, unet: nn.Module) -> None:
+        self.network = unet
 
     def refresh(self) -> nn.Module:
         return self.network

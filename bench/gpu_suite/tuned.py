@@ -195,15 +195,17 @@ def native_norms(module: nn.Module) -> None:
                 _Native(part.norm2),
                 nn.Identity(),
             )
-        elif isinstance(getattr(part, "conv_norm_out", None), nn.GroupNorm):
-            part.conv_norm_out, part.conv_act = _Native(part.conv_norm_out), nn.Identity()
+        elif isinstance(norm := getattr(part, "conv_norm_out", None), nn.GroupNorm):
+            part.conv_norm_out, part.conv_act = _Native(norm), nn.Identity()
 
 
 def phase_upsamplers(module: nn.Module) -> None:
     """Every enlargement of `module` as four small convolutions, in place."""
     for part in module.modules():
-        if isinstance(getattr(part, "upsamplers", None), nn.ModuleList):
-            part.upsamplers[0] = PhaseUpsample(part.upsamplers[0].conv)
+        upsamplers = getattr(part, "upsamplers", None)
+        if isinstance(upsamplers, nn.ModuleList):
+            enlarge: Any = upsamplers[0]
+            upsamplers[0] = PhaseUpsample(enlarge.conv)
 
 
 class _Native(nn.Module):
