@@ -9,11 +9,13 @@ from torch import Tensor, nn
 class Average:
     """Stochastic weight averaging (Izmailov et al. 2018): two players circle around what they approach.
 
-    `add` after each update that counts; `apply` puts the mean in place of the weights.
+    `add` after each update that counts; `apply` puts the mean in place of the weights, its change of the UNet's weights
+    multiplied by `strength`.
     """
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, parameters: list[nn.Parameter], strength: float) -> None:
         self._parameters = parameters
+        self._factor = strength**0.5  # for either of the two matrices whose product is a layer's change
         self._sums = [torch.zeros_like(p, requires_grad=False) for p in parameters]
         self._count = 0
 
@@ -26,7 +28,7 @@ class Average:
     @torch.no_grad()
     def apply(self) -> None:
         for total, parameter in zip(self._sums, self._parameters, strict=True):
-            parameter.copy_(total / self._count)
+            parameter.copy_(total / self._count * self._factor)
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": self._sums, "count": self._count}

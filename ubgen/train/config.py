@@ -22,6 +22,7 @@ _POSITIVE = (
     "generator.lora_alpha",
     "generator.lr",
     "generator.eps",
+    "generator.average_strength",
     "generator.clip",  # below 0 it would turn the gradient round
     "discriminator.hidden",
     "discriminator.lr",
@@ -120,6 +121,8 @@ class GeneratorConfig:
     """Largest global gradient norm."""
     average_last: int = 0
     """The result is the mean of the LoRA after each of this many last updates; 0: the LoRA after the last one."""
+    average_strength: float = 1.0
+    """How far that mean goes: its change of the UNet's weights is multiplied by this."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,11 @@ def validate(config: TrainConfig) -> None:
     if config.losses.entire == config.losses.individual == config.losses.quality == 0:
         raise UserError(
             "losses: all three weights are 0; switch on at least one of entire, individual, quality"
+        )
+    if config.generator.average_strength != 1 and config.generator.average_last == 0:
+        raise UserError(
+            "generator.average_strength strengthens a mean that generator.average_last 0 does not take; "
+            "add --generator.average-strength 1"
         )
     opponent = config.discriminator
     warmup = opponent.warmup_epochs if opponent.warmup_updates is None else opponent.warmup_updates

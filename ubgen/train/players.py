@@ -22,6 +22,7 @@ from ubgen.train.attention import set_attention
 from ubgen.train.average import Average
 from ubgen.train.config import DiscriminatorConfig, GeneratorConfig, LossConfig, TrainConfig
 from ubgen.train.pace import Pace
+from ubgen.train.threads import one_thread, steady_gradients
 
 HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CENTRE = "centre."  # before the names of the centre's tensors in a checkpoint
@@ -116,6 +117,11 @@ def load_players(config: TrainConfig, classes: ClassList, device: torch.device) 
     clip, qalign = _load_rewards(config, dtype, device)
     prompts = [config.prompt.replace("{name}", name) for name in classes.names]
     descriptions = [config.description.replace("{name}", name) for name in classes.names]
+    with one_thread():
+        prompts_NSD = torch.cat([encode_prompts(sd, prompts[i : i + 64]) for i in range(0, len(prompts), 64)])
+        uncond_1SD = encode_prompts(sd, [""])
+        descriptions_ND = None if clip is None else clip.encode_text(descriptions).float()
+        adversary = make_adversary(config, clip, classes, device)
     return Players(
         sd=sd,
         twin=FusedTwin(sd.unet),
@@ -125,14 +131,14 @@ def load_players(config: TrainConfig, classes: ClassList, device: torch.device) 
         lora=lora,
         generator_optimizer=_adamw(lora, config.generator),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        adversary=make_adversary(config, clip, classes, device),
-        prompts_NSD=torch.cat([encode_prompts(sd, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]),
-        uncond_1SD=encode_prompts(sd, [""]),
-        descriptions_ND=None if clip is None else clip.encode_text(descriptions).float(),
+        adversary=adversary,
+        prompts_NSD=prompts_NSD,
+        uncond_1SD=uncond_1SD,
+        descriptions_ND=descriptions_ND,
         device=device,
         dtype=dtype,
         attention=attention,
-        average=Average(lora) if config.generator.average_last else None,
+        average=Average(lora, config.generator.average_strength) if config.generator.average_last else None,
         pace=Pace(config.losses)
         if discriminator_in_play(config.losses) and config.losses.entire_rise
         else None,
@@ -147,6 +153,7 @@ def discriminator_in_play(losses: LossConfig) -> bool:
 def _equip_unet(unet: Any, config: TrainConfig) -> list[nn.Parameter]:
     settings = config.generator
     lora = add_lora(unet, settings.lora_rank, settings.lora_alpha, config.seed, settings.lora_layers)
+    steady_gradients(unet)
     if config.rollout.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()

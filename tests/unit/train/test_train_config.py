@@ -64,6 +64,13 @@ def test_a_centre_cannot_be_found_without_a_warmup() -> None:
     validate(centred)
 
 
+def test_there_is_no_mean_to_strengthen_where_none_is_taken() -> None:
+    strong = with_option("generator.average_strength", 1.2)
+    with pytest.raises(UserError, match=r"add --generator\.average-strength 1"):
+        validate(strong)
+    validate(dataclasses.replace(strong, generator=dataclasses.replace(strong.generator, average_last=1)))
+
+
 @pytest.mark.parametrize("rise", [(-0.01, 0.02), (0.02, 0.02), (0.03, 0.02)])
 def test_a_rise_needs_two_rising_numbers(rise: tuple[float, float]) -> None:
     with pytest.raises(UserError, match=r"losses\.entire_rise must be two rising numbers from 0 on, not "):
