@@ -32,8 +32,8 @@ REAL_RUN = """The same with Stable Diffusion 1.5, once its weights lie in a loca
 
 SHORTENED = """What to expect of a shortened run: similarity and class accuracy rise first. The images leave
 their class's biased background only in the second half of the recipe's {full} updates, because the adversarial term
-comes in as similarity rises; how many do differs from run to run (bench/results/fine-tuning.md). The whole run (about
-10 minutes on two cores), and its measures:
+comes in as similarity rises; how many do differs from run to run (bench/results/fine-tuning.md). The whole run (10 to
+12 minutes on two cores), and its measures:
   .venv/bin/ubgen-train --recipe miniature --out runs/miniature
   .venv/bin/python -m ubgen.miniature.measure --lora runs/miniature --out runs/miniature-measured
 """
