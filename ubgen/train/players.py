@@ -22,7 +22,7 @@ from ubgen.train.attention import set_attention
 from ubgen.train.average import Average
 from ubgen.train.config import DiscriminatorConfig, GeneratorConfig, LossConfig, TrainConfig
 from ubgen.train.pace import Pace
-from ubgen.train.threads import one_thread, steady_gradients
+from ubgen.train.threads import gradients_on_one_thread, one_thread
 
 HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CENTRE = "centre."  # before the names of the centre's tensors in a checkpoint
@@ -153,7 +153,7 @@ def discriminator_in_play(losses: LossConfig) -> bool:
 def _equip_unet(unet: Any, config: TrainConfig) -> list[nn.Parameter]:
     settings = config.generator
     lora = add_lora(unet, settings.lora_rank, settings.lora_alpha, config.seed, settings.lora_layers)
-    steady_gradients(unet)
+    gradients_on_one_thread(unet)
     if config.rollout.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()

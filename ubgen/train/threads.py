@@ -24,7 +24,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def steady_gradients(network: nn.Module) -> None:
+def gradients_on_one_thread(network: nn.Module) -> None:
     """Let the weight gradient of every trainable convolution (a LoRA's) be computed on one thread, from now on."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d) and layer.weight.requires_grad:

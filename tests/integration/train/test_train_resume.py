@@ -57,10 +57,9 @@ def test_the_average_of_the_last_updates_goes_on_too(
     assert results(parts) == results(whole)
     last = [load_file(whole / "checkpoints" / f"{done:06d}" / LORA_FILE) for done in (4, 5, 6)]
     for name, mean in load_file(whole / LORA_FILE).items():
-        expected = (
-            1.2 * sum(lora[name] for lora in last) / 3
-        )  # either matrix of a layer has half of the strength
-        assert torch.allclose(mean, expected, rtol=3e-7, atol=1e-7)  # one rounding more than the mean
+        # either matrix of a layer has half of the strength; that is one rounding more than the mean's
+        expected = 1.2 * sum(lora[name] for lora in last) / 3
+        assert torch.allclose(mean, expected, rtol=3e-7, atol=1e-7)
         if ".up." in name:
             assert not torch.equal(mean, last[-1][name])
     assert (whole / "samples" / "average.png").is_file()

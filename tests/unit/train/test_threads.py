@@ -9,13 +9,13 @@ from ubgen.classes import load_classes
 from ubgen.config import load_recipe
 from ubgen.train import TrainConfig
 from ubgen.train.players import load_players
-from ubgen.train.threads import steady_gradients
+from ubgen.train.threads import gradients_on_one_thread
 
 
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[int]:
+def threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    yield before
+    yield
     torch.set_num_threads(before)
 
 
@@ -32,7 +32,7 @@ def test_the_gradients_of_convolutions_have_the_same_bits_on_two_threads() -> No
     torch.manual_seed(0)
     lora = nn.Sequential(nn.Conv2d(64, 64, 1, bias=False), nn.Conv2d(64, 64, 1, bias=False))
     images = torch.randn(32, 64, 8, 8)
-    steady_gradients(lora)
+    gradients_on_one_thread(lora)
     one = gradients(lora, images, 1)
     for threads in (2, 4, 2):
         for expected, found in zip(one, gradients(lora, images, threads), strict=True):
