@@ -3,13 +3,14 @@
 import argparse
 import sys
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from ubgen.config import load_recipe
-from ubgen.errors import run
+from ubgen.errors import UserError, run
 from ubgen.train import TrainConfig, train
 
 
@@ -31,13 +32,23 @@ class Arguments:
     """Stop after so many updates, with a checkpoint; the same command continues."""
 
 
+REPLACED = {"epochs": "max_updates", "discriminator.warmup_epochs": "discriminator.warmup_updates"}
+"""A length in epochs, and the one in updates that counts where both are set."""
+
+
 def parse(arguments: list[str]) -> Arguments:
     """Command line -> run: the recipe first, then what overrides it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="miniature")
     recipe = first.parse_known_args(arguments)[0].recipe
     default = Arguments(config=load_recipe(recipe, TrainConfig), recipe=recipe)
-    return tyro.cli(Arguments, default=default, args=arguments, prog="ubgen-train")
+    given = tyro.cli(Arguments, default=default, args=arguments, prog="ubgen-train")
+    options = {argument.partition("=")[0].replace("-", "_") for argument in arguments}
+    for epochs, updates in REPLACED.items():
+        if f"__{epochs}" in options and attrgetter(updates)(given.config) is not None:
+            by = f"--{updates.replace('_', '-')}"
+            raise UserError(f"--{epochs.replace('_', '-')} is replaced by {by} of the recipe; add {by} None")
+    return given
 
 
 def fine_tune() -> None:

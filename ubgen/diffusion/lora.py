@@ -54,9 +54,10 @@ def lora_parameters(unet: Any) -> list[nn.Parameter]:
 class FusedTwin:
     """A second UNet that computes what `unet` and its LoRA compute, from fused weights: for calls without gradient.
 
-    An unfused LoRA layer is four operators more than the layer, and six where half precision casts; a rollout needs
-    them only in the calls that it differentiates. All other tensors are `unet`'s own. `unet` keeps its LoRA; its
-    modules, attention processors among them, are copied as they are, so make the twin last.
+    An unfused LoRA layer is four operators more than the layer; a rollout needs them only in the calls that it
+    differentiates. All other tensors are `unet`'s own. `unet` keeps its LoRA; its modules, attention processors among
+    them, are copied as they are, so make the twin last. For float32 weights: in half precision the sum would round a
+    young LoRA away, whose changes are smaller than the weights' last bit.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -75,11 +76,9 @@ class FusedTwin:
 
     @torch.no_grad()
     def refresh(self) -> Any:
-        """The twin's network, with the LoRA as it is now: the sum in float32, rounded once to the weights' type."""
-        # the caller's autocast would multiply in half precision
-        with torch.autocast(self.network.device.type, enabled=False):
-            for layer, weight in self._weights:
-                weight.copy_(layer.get_base_layer().weight.float() + layer.get_delta_weight("default"))
+        """The twin's network, with the LoRA as it is now."""
+        for layer, weight in self._weights:
+            weight.copy_(layer.get_base_layer().weight + layer.get_delta_weight("default"))
         return self.network
 
 

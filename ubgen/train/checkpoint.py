@@ -3,7 +3,7 @@
 import io
 import os
 import shutil
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ def save_checkpoint(directory: Path, players: Players, done: int, keep: int) -> 
     """
     directory.mkdir(exist_ok=True)
     final = directory / f"{done:06d}"
-    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory))
+    temporary = directory / f".writing-{final.name}"
     try:
+        temporary.mkdir()
         save_players(temporary, players)
         atomic_write(temporary / STATE_FILE, _state_bytes(players, done))
         shutil.rmtree(final, ignore_errors=True)
@@ -56,22 +57,32 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 def restore_checkpoint(path: Path, players: Players) -> int:
     """Put everything back as it was; returns the number of updates done. UserError for a damaged checkpoint."""
+    adversary = players.adversary
+    # to the host: what is loaded below goes where its network lies, and the optimisers count on the host
+    state = _readable(path, lambda: torch.load(path / STATE_FILE, map_location="cpu", weights_only=True))
+    restore_lora(players.sd.unet, path / LORA_FILE)
+    players.generator_optimizer.load_state_dict(state["generator_optimizer"])
+    players.scaler.load_state_dict(state["scaler"])
+    if players.average is not None:
+        players.average.load_state_dict(state["average"])
+    if players.pace is not None:
+        players.pace.load_state_dict(state["pace"])
+    if adversary is not None:
+        adversary.load_state_dict(_readable(path, lambda: load_file(path / DISCRIMINATOR_FILE)))
+        adversary.optimizer.load_state_dict(state["discriminator_optimizer"])
+    return int(state["done"])
+
+
+def _readable(checkpoint: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `read` gives. UserError where a file's content makes it fail, by errors of many kinds."""
     try:
-        state = torch.load(path / STATE_FILE, map_location=players.device, weights_only=True)
-        restore_lora(players.sd.unet, path / LORA_FILE)
-        players.generator_optimizer.load_state_dict(state["generator_optimizer"])
-        players.scaler.load_state_dict(state["scaler"])
-        if players.average is not None:
-            players.average.load_state_dict(state["average"])
-        if players.pace is not None:
-            players.pace.load_state_dict(state["pace"])
-        if players.adversary is not None:
-            players.adversary.load_state_dict(load_file(path / DISCRIMINATOR_FILE))
-            players.adversary.optimizer.load_state_dict(state["discriminator_optimizer"])
-        return int(state["done"])
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+        return read()
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise  # the disk's, and perhaps gone next time
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path}: damaged checkpoint ({error}); remove it to continue from an earlier one"
+            f"{checkpoint}: damaged checkpoint ({reason}); remove it to continue from an earlier one"
         ) from error
 
 

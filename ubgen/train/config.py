@@ -193,7 +193,8 @@ class TrainConfig:
     seed: int = 42
     """Seed of every random number of the run."""
     precision: Literal["no", "fp16", "bf16"] = "fp16"
-    """Mixed precision: frozen networks and activations in half, LoRA, losses and discriminator in float32."""
+    """Mixed precision: frozen networks and activations in half, LoRA, losses and discriminator in float32. bf16 never
+    overflows, but has 3 bits less than fp16: pixels and quality scores are coarse in it."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     """The UNet's attention: xformers where it is installed and supports the device, otherwise PyTorch's."""
     device: Literal["auto", "cpu"] = "auto"

@@ -20,6 +20,8 @@ SAMPLES = "samples"
 _DIRECTORIES = (CHECKPOINTS, SAMPLES, TENSORBOARD)
 _FILES = (CLASSES_FILE, METRICS_FILE, LORA_FILE, DISCRIMINATOR_FILE)
 _OURS = {"networks", "classes", "processes"}  # of every record, and together of no other config.json
+# where networks and classes lie, while their content counts, and what no update sees: may change on the way
+_FREE = {"networks", "classes", "output"}
 
 
 def check_directory(out: Path, config: Mapping[str, Any], classes: ClassList, overwrite: bool) -> None:
@@ -87,8 +89,9 @@ def _lines(classes: ClassList) -> str:
     return "".join(f"{i}\t{name}\n" for i, name in zip(classes.ids, classes.names, strict=True))
 
 
-def _require_same(out: Path, old: Any, new: Mapping[str, Any], classes_text: str) -> None:
-    difference = first_difference(old, json.loads(json.dumps(new)))
+def _require_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any], classes_text: str) -> None:
+    now = json.loads(json.dumps(new))
+    difference = first_difference(*({k: v for k, v in c.items() if k not in _FREE} for c in (old, now)))
     if difference is None and (out / CLASSES_FILE).read_text(encoding="utf-8") != classes_text:
         difference = "the class list's content has changed"
     if difference is not None:

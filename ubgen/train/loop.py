@@ -11,9 +11,10 @@ from rich.console import Console
 from torch import Tensor
 
 from ubgen.classes import ClassList, load_classes
-from ubgen.config import resolve_path, to_dict
+from ubgen.config import to_dict
 from ubgen.errors import UserError
-from ubgen.manifest import held_directory
+from ubgen.manifest import content_hash, held_directory
+from ubgen.storage import open_store
 from ubgen.train.checkpoint import list_checkpoints, restore_checkpoint, save_checkpoint, save_players
 from ubgen.train.config import TrainConfig, validate
 from ubgen.train.directory import CHECKPOINTS, CLASSES_FILE, SAMPLES, check_directory, prepare_directory
@@ -21,7 +22,7 @@ from ubgen.train.players import (
     Adversary,
     discriminator_in_play,
     load_players,
-    networks_needed,
+    network_paths,
     require_networks,
 )
 from ubgen.train.progress import progress
@@ -43,10 +44,13 @@ def train(config: TrainConfig, out: Path, *, overwrite: bool = False, stop_after
         raise UserError(f"stop_after must be positive, not {stop_after}")
     classes = load_classes(config.classes)
     require_networks(config)
+    if open_store(out).local_path is None:
+        raise UserError(f"--out {out}: ubgen-train writes to a local directory only")
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu)  # which it has to be told, or processes on the CPU do not meet
     recorded = {**to_dict(config), "processes": state.num_processes}
     if state.is_main_process:
+        recorded["weights"] = {name: content_hash(path) for name, path in network_paths(config).items()}
         check_directory(out, recorded, classes, overwrite)
     directory = held_directory(out, "train", recorded, overwrite=overwrite)
     with directory if state.is_main_process else nullcontext() as stage:
@@ -83,6 +87,12 @@ class Run:
         """Go on from the last checkpoint, if there is one."""
         if found := list_checkpoints(self.checkpoints):
             self.done = restore_checkpoint(found[-1], self.players)
+        everywhere = gather(torch.tensor([self.done], device=self.players.device)).tolist()
+        if len(set(everywhere)) > 1:
+            raise UserError(
+                f"--out {self.out}: the processes found checkpoints of different updates ({everywhere}); "
+                "it must be one directory that all of them share"
+            )
 
     def play(self, stop_after: int | None) -> bool:
         """Do the updates that are left, at most `stop_after` of them; returns whether none is left."""
@@ -121,11 +131,7 @@ class Run:
 
     def inputs(self) -> dict[str, Path | str]:
         """The directories that this run read, for the manifest."""
-        needed, paths = networks_needed(self.config.losses), self.config.networks
-        return {
-            **{name: resolve_path(getattr(paths, name)) for name in needed},
-            "classes": self.out / CLASSES_FILE,
-        }
+        return {**network_paths(self.config), "classes": self.out / CLASSES_FILE}
 
     def _timed_update(self) -> Metrics:
         start = time.perf_counter()
@@ -201,9 +207,13 @@ class Run:
     def _diverged(self, error: Diverged) -> str:
         found = list_checkpoints(self.checkpoints)
         kept = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+        half = self.config.precision != "no"
+        remedies = ["a lower generator.lr or discriminator.lr"] if self.done >= self.warmup else []
+        remedies += ["another --precision, as a network may overflow in this one"] if half else []
+        remedies = remedies or ["other weights, as the base generator's own images give this"]
         return (
             f"update {self.done + 1}: {error}; stopped before it reached the weights, {kept}. "
-            "Lower generator.lr or discriminator.lr and start again with --overwrite"
+            f"Start again with --overwrite and {', or '.join(remedies)}"
         )
 
 

@@ -1,13 +1,14 @@
 """The networks of a run: the frozen ones, the two that are trained, and their optimisers."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ubgen.classes import ClassList
-from ubgen.config import require_directory
+from ubgen.config import require_directory, resolve_path
 from ubgen.diffusion import (
     FusedTwin,
     StableDiffusion,
@@ -67,7 +68,7 @@ class Players:
     """All that an update needs. Networks that the losses do not use are None."""
 
     sd: StableDiffusion
-    twin: FusedTwin  # of the UNet: most calls of a rollout need no gradient
+    twin: FusedTwin | None  # of a UNet in float32
     scheduler: Any
     clip: Clip | None
     qalign: QAlign | None
@@ -83,6 +84,10 @@ class Players:
     attention: str
     average: Average | None = None
     pace: Pace | None = None
+
+    def without_gradient(self) -> Any:
+        """The UNet, with the LoRA as it is now, for calls that need no gradient: most of a rollout's."""
+        return self.sd.unet if self.twin is None else self.twin.refresh()
 
     def autocast(self) -> torch.autocast:
         """Mixed precision for the UNet: a float32 LoRA on half-precision weights. The others cast for themselves."""
@@ -108,6 +113,11 @@ def networks_needed(losses: LossConfig) -> list[str]:
     return [name for name, is_needed in needed.items() if is_needed]
 
 
+def network_paths(config: TrainConfig) -> dict[str, Path]:
+    """The directories of the networks that this run reads."""
+    return {name: resolve_path(getattr(config.networks, name)) for name in networks_needed(config.losses)}
+
+
 def load_players(config: TrainConfig, classes: ClassList, device: torch.device) -> Players:
     """Read, freeze and equip the networks; texts are encoded once, here."""
     dtype = HALF[config.precision]
@@ -124,7 +134,7 @@ def load_players(config: TrainConfig, classes: ClassList, device: torch.device) 
         adversary = make_adversary(config, clip, classes, device)
     return Players(
         sd=sd,
-        twin=FusedTwin(sd.unet),
+        twin=FusedTwin(sd.unet) if dtype == torch.float32 else None,
         scheduler=with_sampler(sd.scheduler, config.rollout.sampler),
         clip=clip,
         qalign=qalign,

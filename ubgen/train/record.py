@@ -85,7 +85,7 @@ def _sample_images(players: Players, config: TrainConfig, identities: list[tuple
     cond = players.prompts_NSD[[cls for cls, _ in identities]]
     with players.autocast():
         latents = sample(
-            players.twin.refresh(),
+            players.without_gradient(),
             with_sampler(players.sd.scheduler, "pndm"),
             noise.to(players.device),
             cond,

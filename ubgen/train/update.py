@@ -72,7 +72,7 @@ def warmup_features(players: Players, config: TrainConfig, batch: Batch) -> tupl
     settings = config.rollout
     with players.autocast():
         latents = sample(
-            players.twin.refresh(),
+            players.without_gradient(),
             players.scheduler,
             batch.latents.to(players.device),
             players.prompts_NSD[batch.classes_B.to(players.device)],
@@ -100,7 +100,7 @@ def _rollout_images(players: Players, config: TrainConfig, batch: Batch) -> Tens
             grad_steps=batch.grad_steps,
             step_noise=batch.step_noise,
             detach_unet_input=settings.detach_unet_input,
-            frozen=players.twin.refresh(),
+            frozen=players.without_gradient(),
         )
     return decode(players.sd.vae, latents, settings.gradient_checkpointing)
 

@@ -37,6 +37,21 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
     assert not (out / "manifest.json").exists()
 
 
+def test_what_is_not_finite_before_anything_was_trained_is_not_the_learning_rates(
+    config: TrainConfig, change: Change, tmp_path: Path
+) -> None:
+    weights = tmp_path / "sd"
+    shutil.copytree(config.networks.stable_diffusion, weights)
+    file = weights / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "decoder.conv_out.bias": tensors["decoder.conv_out.bias"] * float("inf")}, file)
+    broken = change(config, "networks", stable_diffusion=str(weights))
+    for precision, remedy in (("no", "--overwrite and other weights"), ("bf16", "another --precision")):
+        with pytest.raises(UserError, match=rf"update 1: .*{remedy}") as raised:
+            train(dataclasses.replace(broken, precision=precision), tmp_path / precision)
+        assert "lr" not in str(raised.value)
+
+
 def test_failing_disk_leaves_the_previous_checkpoint(config: TrainConfig, tmp_path: Path) -> None:
     """A limit on the size of files: the next checkpoint cannot be written, as on a full disk."""
     out = tmp_path / "run"
@@ -141,6 +156,8 @@ def test_one_class_name_is_too_few_for_the_discriminator(config: TrainConfig, tm
         (["--classes", "/nowhere.txt"], "/nowhere.txt"),
         (["--stop-after", "0"], "stop_after must be positive, not 0"),
         (["--out", __file__], "cannot write to output directory"),
+        (["--out", "memory://bucket/run"], "ubgen-train writes to a local directory only"),
+        (["--epochs=1"], "--epochs is replaced by --max-updates of the recipe; add --max-updates None"),
     ],
 )
 def test_a_wrong_call_of_the_command_is_one_line(options: list[str], line: str, tmp_path: Path) -> None:
@@ -168,6 +185,14 @@ def test_command_line_overrides_the_recipe(config: TrainConfig, write_recipe: Wr
     given = parse(["--recipe", str(recipe), "--losses.quality", "0", "--batch-size", "3", "--out", "x"])
     assert (given.config.losses.quality, given.config.batch_size, given.out) == (0.0, 3, Path("x"))
     assert given.config.generator == config.generator
+
+
+def test_a_length_in_epochs_takes_the_place_of_one_in_updates() -> None:
+    lengths = ["--epochs", "1", "--max-updates", "None"]
+    given = parse([*lengths, "--discriminator.warmup-epochs", "2", "--discriminator.warmup-updates", "None"])
+    assert (given.config.epochs, given.config.max_updates) == (1, None)
+    with pytest.raises(UserError, match=r"add --discriminator\.warmup-updates None"):
+        parse(["--discriminator.warmup-epochs", "2"])
 
 
 def test_help_shows_the_recipes_values(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ubgen.diffusion import LORA_FILE
 from ubgen.errors import UserError
@@ -155,13 +156,80 @@ def test_another_configuration_does_not_continue(config: TrainConfig, tmp_path: 
     assert train(config, out)
 
 
-def test_a_damaged_checkpoint_is_named(config: TrainConfig, tmp_path: Path) -> None:
+def test_it_goes_on_where_the_same_weights_lie_and_with_other_outputs(
+    config: TrainConfig, change: Callable[..., TrainConfig], uninterrupted: Path, tmp_path: Path
+) -> None:
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    train(config, out, stop_after=3)
+    shutil.copytree(config.networks.clip, moved)
+    elsewhere = change(
+        change(config, "networks", clip=str(moved)), "output", keep_checkpoints=1, grid_every=0
+    )
+    weights = moved / "open_clip_model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "logit_scale": tensors["logit_scale"] + 1}, weights)
+    with pytest.raises(UserError, match=r"weights\.clip was 'sha256:"):
+        train(elsewhere, out)
+    shutil.copy(Path(config.networks.clip) / weights.name, weights)
+    assert train(elsewhere, out)
+    assert results(out) == results(uninterrupted)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["000006"]
+
+
+@pytest.mark.parametrize(
+    ("name", "left"), [("state.pt", 200), ("state.pt", 0), (DISCRIMINATOR_FILE, 200), (DISCRIMINATOR_FILE, 0)]
+)
+def test_a_damaged_checkpoint_is_named(config: TrainConfig, name: str, left: int, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(config, out, stop_after=2)
-    state = out / "checkpoints" / "000002" / "state.pt"
-    state.write_bytes(state.read_bytes()[:200])
-    with pytest.raises(UserError, match="000002: damaged checkpoint"):
+    file = out / "checkpoints" / "000002" / name
+    file.write_bytes(file.read_bytes()[:left] or b"something else")
+    with pytest.raises(UserError, match=r"^[^\n]*000002: damaged checkpoint \([^\n]+$"):
         train(config, out)
+
+
+def test_a_full_gpu_is_no_damage(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    train(config, tmp_path / "run", stop_after=2)
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("torch.optim.Optimizer.load_state_dict", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(config, tmp_path / "run")
+
+
+def test_who_may_read_the_run_may_read_its_checkpoints(config: TrainConfig, tmp_path: Path) -> None:
+    train(config, tmp_path / "run", stop_after=2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert (checkpoints / "000002").stat().st_mode == checkpoints.stat().st_mode
+
+
+def launch(recipe: Path, outs: list[Path], *options: str) -> subprocess.CompletedProcess:
+    """A process for each of `outs`."""
+    script = recipe.with_name("launched.py")
+    script.write_text(
+        "import os, sys\nfrom ubgen.cli.train import main\n"
+        f"sys.argv += ['--out', {list(map(str, outs))}[int(os.environ['RANK'])]]\nmain()\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(len(outs)),
+    ]
+    return subprocess.run(
+        [*command, str(script), "--recipe", str(recipe), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(("features", "rise"), [("raw", None), ("centred", (0.0, 0.02))])
@@ -173,7 +241,8 @@ def test_two_processes_end_where_one_does(
     write_recipe: Callable[[TrainConfig, Path], Path],
     tmp_path: Path,
 ) -> None:
-    """Images belong to their place in the run, so sharing them changes the rounding only."""
+    """Images belong to their place in the run, so sharing them changes the rounding only. One of the runs is stopped,
+    and first goes on in a directory that only one process sees."""
     every_step = change(config, "rollout", grad_steps=4)
     every_step = change(every_step, "discriminator", features=features)  # a centre is everyone's
     every_step = change(every_step, "losses", individual=8.0, entire_rise=rise)  # and so is similarity
@@ -181,10 +250,13 @@ def test_two_processes_end_where_one_does(
     device = "cpu" if torch.cuda.is_available() else "auto"  # which is the CPU, for processes that meet, too
     halves = dataclasses.replace(every_step, batch_size=1, device=device)
     recipe = write_recipe(halves, tmp_path / "recipe.toml")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "ubgen.cli.train", "--recipe", str(recipe), "--out", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    out = tmp_path / "two"
+    if rise:
+        assert launch(recipe, [out, out], "--stop-after", "3").returncode == 0
+        apart = launch(recipe, [out, tmp_path / "not shared"])
+        assert apart.returncode != 0
+        assert f"--out {out}: the processes found checkpoints of different updates ([3, 0])" in apart.stderr
+    done = launch(recipe, [out, out])
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stderr
     one, two = (load_file(tmp_path / name / LORA_FILE) for name in ("one", "two"))

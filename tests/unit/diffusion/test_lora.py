@@ -154,16 +154,6 @@ def test_fused_twin_follows_the_lora_and_shares_all_else(tiny: StableDiffusion) 
     assert all(name.endswith(projections) for name in apart)
 
 
-def test_fused_twin_in_half_precision_has_the_merged_weights(reference: Path, tmp_path: Path) -> None:
-    """The calls without gradient then compute what the engines will compute."""
-    half, merged = (load_stable_diffusion(reference / "model", dtype=torch.bfloat16) for _ in range(2))
-    save_lora(trained(half, rank=4).unet, tmp_path)
-    merge_lora(merged.unet, tmp_path)
-    with torch.autocast("cpu", torch.bfloat16):  # as in training
-        fused = FusedTwin(half.unet).refresh().state_dict()
-    assert all(torch.equal(fused[name], tensor) for name, tensor in merged.unet.state_dict().items())
-
-
 def test_wrong_lora_files_are_refused(tiny: StableDiffusion, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such LoRA file"):
         load_lora(tiny.unet, tmp_path / "nothing")
