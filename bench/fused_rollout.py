@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.gpu_suite.finetuning import Unfused
 from bench.gpu_suite.sizes import FULL
 from ubgen.benchmark import Table, compare, machine_record
 from ubgen.benchmark.machine import describe
@@ -44,18 +43,17 @@ class OperatorCount(TorchDispatchMode):
 
 
 def operators() -> Iterator[tuple[str, int]]:
-    """Of one call without gradient: the LoRA in float32, all else in bfloat16, as `precision = "bf16"` has it."""
+    """Of one call without gradient, in float32."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**FULL.unet).to(torch.bfloat16)
-        latents = torch.empty(ROWS, *FULL.latent, dtype=torch.bfloat16)
-        context = torch.empty(ROWS, 77, FULL.unet["cross_attention_dim"], dtype=torch.bfloat16)
+        unet = UNet2DConditionModel(**FULL.unet)
+        latents = torch.empty(ROWS, *FULL.latent)
+        context = torch.empty(ROWS, 77, FULL.unet["cross_attention_dim"])
         timestep = torch.empty(ROWS, dtype=torch.int64)
         add_lora(unet, RANK)
     for name, network in (("unfused", unet), ("fused", FusedTwin(unet).network)):
-        half = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
-        with torch.no_grad(), half, OperatorCount() as counter:
+        with torch.no_grad(), OperatorCount() as counter:
             network(latents, timestep, context)
         yield name, counter.count
 
@@ -68,7 +66,7 @@ def main() -> None:
     players = load_players(config, classes, torch.device("cpu"))
     shape = players.sd.latent_shape()
     batch = draw_batch(config, classes.names, shape, "train", 0, config.batch_size, 0, 1)
-    unfused = replace(players, twin=Unfused(players.sd.unet))
+    unfused = replace(players, twin=None)
     sides = {
         "unfused": lambda: generator_update(unfused, config, batch),
         "fused": lambda: generator_update(players, config, batch),
@@ -89,7 +87,7 @@ def main() -> None:
         f"{fast['operators'] / slow['operators']:.2f} of the operators. Update: without the adversary, {rollout.steps} "
         f"{rollout.sampler.upper()} steps, {rollout.grad_steps} of them with gradient, LoRA on the "
         f"{generator.lora_layers}, rank {generator.lora_rank}, medians of {times['fused'].rounds} turns. "
-        f"Operators: one call at SD1.5's size, bfloat16, LoRA of rank {RANK}.\n\n{describe(record)}."
+        f"Operators: one call at SD1.5's size, LoRA of rank {RANK}.\n\n{describe(record)}."
     )
     (RESULTS / "fused-rollout.json").write_text(
         json.dumps({"machine": record, "rows": rows}, indent=2) + "\n"

@@ -18,7 +18,7 @@ from bench.gpu_suite.networks import (
 )
 from bench.gpu_suite.suite import Suite
 from ubgen.benchmark import compare, peak_memory
-from ubgen.diffusion import FusedTwin, StableDiffusion, add_lora
+from ubgen.diffusion import StableDiffusion, add_lora
 from ubgen.rewards import Clip, Discriminator, QAlign
 from ubgen.train.attention import set_attention
 from ubgen.train.config import NetworkPaths, RolloutConfig, TrainConfig
@@ -34,22 +34,10 @@ ROOM = 30e9  # bytes for everything besides Q-Align's weights
 class Way:
     checkpointing: bool
     attention: str
-    fused: bool = True
 
     @property
     def name(self) -> str:
-        name = f"{self.attention}, checkpointing {'on' if self.checkpointing else 'off'}"
-        return name if self.fused else f"{name}, LoRA never fused"
-
-
-class Unfused(FusedTwin):
-    """In the place of the twin: the UNet itself, so that every call of the rollout pays for the LoRA's layers."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        self.network = unet
-
-    def refresh(self) -> nn.Module:
-        return self.network
+        return f"{self.attention}, checkpointing {'on' if self.checkpointing else 'off'}"
 
 
 def run(suite: Suite) -> None:
@@ -58,8 +46,7 @@ def run(suite: Suite) -> None:
     players = _players(suite, config)
     batch = draw_batch(config, NAMES, suite.sizes.latent, "train", 0, config.batch_size, 0, 1)
     sides, peaks = {}, {}
-    ways = [Way(c, a) for a in ("sdpa", "xformers") for c in (True, False)]
-    for way in (*ways, Way(True, "sdpa", fused=False)):
+    for way in [Way(c, a) for a in ("sdpa", "xformers") for c in (True, False)]:
         with suite.guard(way.name):
             update = partial(_update, players, config, batch, way)
             with peak_memory(suite.device) as peak:
@@ -84,16 +71,13 @@ def run(suite: Suite) -> None:
 
 def _update(players: Players, config: TrainConfig, batch: Batch, way: Way) -> None:
     unet = players.sd.unet
-    for network in (unet, players.twin.network):
-        set_attention(network, way.attention, players.device, config.precision)
+    set_attention(unet, way.attention, players.device, config.precision)
     if way.checkpointing:
         unet.enable_gradient_checkpointing()
     else:
         unet.disable_gradient_checkpointing()
     unet.train(way.checkpointing)
     rollout = replace(config.rollout, gradient_checkpointing=way.checkpointing)
-    if not way.fused:
-        players = replace(players, twin=Unfused(unet))
     generator_update(players, replace(config, rollout=rollout), batch)
 
 
@@ -117,7 +101,7 @@ def _players(suite: Suite, config: TrainConfig) -> Players:
     sd = StableDiffusion(unet, random_vae(sizes.vae, device, dtype), None, None, None, Path())
     return Players(
         sd=sd,
-        twin=FusedTwin(unet),
+        twin=None,  # as in every precision but float32
         scheduler=config.rollout.sampler,
         clip=clip,
         qalign=qalign,

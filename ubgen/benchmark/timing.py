@@ -66,13 +66,14 @@ def milliseconds(call: Callable[[], object], count: int, device: str | torch.dev
         for _ in range(count):
             call()
         return 1000 * (time.perf_counter() - start) / count
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    begin.record()
-    for _ in range(count):
-        call()
-    end.record()
-    end.synchronize()
+    with torch.cuda.device(device):  # else the events would lie on the first GPU's stream
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(count):
+            call()
+        end.record()
+        end.synchronize()
     return begin.elapsed_time(end) / count
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,6 @@ from ubgen.runtime import EngineSet, Network, run_rows
 from ubgen.synth import SynthConfig
 from ubgen.synth.generator import Generator
 from ubgen.synth.plan import Item
-from ubgen.synth.selection import Made
 
 CLASSES = "imagenet100"  # the names are prompts here, nothing more
 _SHORT = 4  # sampling steps of the latents that the decoder is timed on
@@ -68,9 +68,10 @@ class Workload:
 
         return sample_guided(predict, self.scheduler, noise, steps=steps)
 
-    def chain(self) -> list[Made]:
-        """From identities to scored images, as ubgen-synth makes them."""
-        return self._generator.make(self.items)
+    def chain(self) -> np.ndarray:
+        """From identities to scored images, as ubgen-synth makes them: pixels (B,H,W,3) uint8, on the host."""
+        made = self._generator.make(self.items)
+        return torch.stack([image.pixels for image in made]).cpu().numpy()
 
     def _inputs(self) -> dict[str, dict[str, Tensor]]:
         device = self.engines.device
