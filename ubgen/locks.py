@@ -31,6 +31,10 @@ SETTLE = 1.0
 _mine: set[str] = set()  # tokens of the locks that this process holds
 
 
+class InUse(UserError):
+    """Another holds the directory."""
+
+
 class Hold:
     """A lock that is held."""
 
@@ -51,7 +55,7 @@ def hold(store: Store, *, shared: bool = False) -> Iterator[Hold]:
     out, and is kept out by, an exclusive holder. In object storage shared holders leave no trace: one is refused while
     there is an exclusive holder, but does not keep one out.
 
-    UserError when the directory cannot be written to, or when another holds it.
+    UserError when the directory cannot be written to, `InUse` when another holds it.
     """
     if store.local_path is not None:
         with _flock(store.local_path, shared):
@@ -73,7 +77,11 @@ def _flock(directory: Path, shared: bool) -> Iterator[None]:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"output directory in use: another process is writing to {directory}") from None
+            raise InUse(f"output directory in use: another process is writing to {directory}") from None
+        except OSError as error:  # Lustre without the mount option flock, NFS without its lock daemon
+            raise UserError(
+                f"output directory {directory}: its file system cannot lock files ({error.strerror}); choose another"
+            ) from error
         yield
     finally:
         os.close(lock)  # also releases it; the file stays, since deleting it would let two writers in
@@ -189,9 +197,9 @@ def _machine() -> str:
     return socket.gethostname()
 
 
-def _in_use(store: Store, holder: dict[str, Any]) -> UserError:
+def _in_use(store: Store, holder: dict[str, Any]) -> InUse:
     who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-    return UserError(f"output directory in use: {who} is writing to {store}")
+    return InUse(f"output directory in use: {who} is writing to {store}")
 
 
 def _probe(store: Store) -> None:

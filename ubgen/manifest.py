@@ -36,7 +36,8 @@ _LIBRARIES = (
 def content_hash(path: Path, digest: Callable[[Path], str] | None = None) -> str:
     """ "sha256:<hex>" of a file's bytes, or of a directory's sorted relative file names and their bytes.
 
-    Nothing in a directory is skipped; where it lies and its times do not count. UserError if `path` is missing.
+    In a directory only hidden files and Markdown are skipped, which no stage reads; where it lies and its times do not
+    count. UserError if `path` is missing.
     `digest` stands in for `file_digest`, for a caller that remembers what it has hashed.
     """
     digest = digest or file_digest
@@ -46,10 +47,16 @@ def content_hash(path: Path, digest: Callable[[Path], str] | None = None) -> str
     if not path.is_dir():
         return f"sha256:{digest(path)}"
     total = hashlib.sha256()
-    for name in sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()):
+    names = (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    for name in sorted(name for name in names if not _unread(name)):
         # the newline and the digest's fixed length keep (name, content) pairs from running into each other
         total.update(f"{name}\n{digest(path / name)}\n".encode())
     return f"sha256:{total.hexdigest()}"
+
+
+def _unread(name: str) -> bool:
+    """What a download or a version control leaves in a directory of weights."""
+    return name.endswith(".md") or any(part.startswith(".") for part in name.split("/"))
 
 
 def file_digest(path: Path) -> str:

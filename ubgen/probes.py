@@ -22,6 +22,9 @@ from ubgen.errors import UserError
 from ubgen.manifest import device_name
 from ubgen.ops import _native
 
+# not the extra alone: both packages are one Python module, and the second would be written over the first
+GET_ONNXRUNTIME_GPU = "pip uninstall onnxruntime, then pip install -c constraints.txt onnxruntime-gpu"
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -102,7 +105,7 @@ def _provider(label: str, provider: str) -> Probe:
         return Probe(name, False, package.detail)
     runtime = importlib.import_module("onnxruntime")
     if provider not in runtime.get_available_providers():
-        return Probe(name, False, f"{package.detail} has no {provider}; pip install 'ubgen[ort-gpu]'")
+        return Probe(name, False, f"{package.detail} has no {provider}; {GET_ONNXRUNTIME_GPU}")
     if label != "CPU" and _no_cuda():
         return Probe(name, False, f"{package.detail}, but {_no_cuda()}")
     if label != "CPU" and not _starts(runtime, provider):
@@ -146,14 +149,14 @@ def _aotinductor(label: str, reason: str) -> Probe:
 @cache
 def tensorrt() -> Probe:
     """NVIDIA TensorRT, stand-alone; strongly typed networks are whole from 10.12 on."""
-    return _on_cuda(_at_least(_package("tensorrt", "tensorrt", "tensorrt"), "tensorrt", (10, 12)))
+    return _on_cuda(at_least(_package("tensorrt", "tensorrt", "tensorrt"), "tensorrt", (10, 12)))
 
 
 @cache
 def torch_tensorrt() -> Probe:
     """Torch-TensorRT; from 2.14 on an engine's tensors can be named."""
     probe = _package("torch_tensorrt", "torch_tensorrt", "torch-tensorrt")
-    return _on_cuda(_at_least(probe, "torch-tensorrt", (2, 14)))
+    return _on_cuda(at_least(probe, "torch-tensorrt", (2, 14)))
 
 
 def modelopt() -> Probe:
@@ -210,7 +213,8 @@ def _tool(name: str, command: str, advice: str) -> Probe:
     return Probe(name, True, f"{path}: {version}" if version else path)
 
 
-def _at_least(probe: Probe, package: str, oldest: tuple[int, int]) -> Probe:
+def at_least(probe: Probe, package: str, oldest: tuple[int, int]) -> Probe:
+    """`probe`, not available where its version is below `oldest`."""
     if not probe.available or tuple(int(part) for part in probe.detail.split(".")[:2]) >= oldest:
         return probe
     wanted = ".".join(map(str, oldest))

@@ -1,5 +1,9 @@
 """Published wheels of packages that cannot be installed everywhere: fetched, opened, and held against our code."""
 
+import ctypes
+import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +19,7 @@ from ubgen.runtime.cache import cache_directory
 _FRESH = 7 * 24 * 3600  # seconds for which the newest release is taken to be the newest
 
 Unpack = Callable[[str], Path]
+Bindings = Callable[[str], tuple[Path, dict[str, str]]]
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +35,36 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Unpack:
         return directory
 
     return unpack
+
+
+@pytest.fixture(scope="session")
+def bindings(unpacked: Unpack, tmp_path_factory: pytest.TempPathFactory) -> Bindings:
+    """bindings(requirement): directory of TensorRT's Python bindings, and an environment in which they load."""
+    for tool in ("cc", "nm", "readelf"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not on the PATH")
+
+    def load(requirement: str) -> tuple[Path, dict[str, str]]:
+        directory = unpacked(requirement)
+        library = next(directory.glob("tensorrt_bindings/*.so"))
+        libraries = _stand_ins(library, tmp_path_factory.mktemp("libraries"))
+        return directory, {**os.environ, "LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": str(directory)}
+
+    return load
+
+
+def _stand_ins(library: Path, directory: Path) -> Path:
+    """Libraries of the names that `library` asks for; every function in them returns a null pointer."""
+    dynamic = subprocess.run(["readelf", "-dW", library], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["nm", "-Du", library], capture_output=True, text=True, check=True).stdout
+    here = ctypes.CDLL(None)
+    wanted = re.findall(r"^\s*U (\w+)$", listed, re.MULTILINE)
+    source = directory / "null.c"
+    source.write_text("".join(f"void* {n}(void) {{ return 0; }}\n" for n in wanted if not hasattr(here, n)))
+    for name in re.findall(r"NEEDED.*\[(libnv\S+)\]", dynamic):
+        flags = ["-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(directory / name)]
+        subprocess.run(["cc", *flags, str(source)], check=True)
+    return directory
 
 
 def _wheel(requirement: str) -> Path:

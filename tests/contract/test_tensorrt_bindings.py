@@ -5,11 +5,8 @@ TensorRT's; those are compiled here from the list of symbols that the bindings m
 """
 
 import ast
-import ctypes
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -255,15 +252,9 @@ def _returned(doc: str) -> str | None:
 
 
 @pytest.fixture(scope="session", params=list(RELEASES))
-def release(request: pytest.FixtureRequest, unpacked: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def release(request: pytest.FixtureRequest, bindings: Any) -> Any:
     """(directory of the bindings, environment in which they load)."""
-    for tool in ("cc", "nm", "readelf"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not on the PATH")
-    directory = unpacked(RELEASES[request.param])
-    library = next(directory.glob("tensorrt_bindings/*.so"))
-    libraries = _stand_ins(library, tmp_path_factory.mktemp("libraries"))
-    return directory, {**os.environ, "LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": str(directory)}
+    return bindings(RELEASES[request.param])
 
 
 @pytest.fixture(scope="session")
@@ -272,20 +263,6 @@ def api(release: Any) -> Api:
     command = [sys.executable, str(Path(__file__).with_name("describe_bindings.py")), str(directory)]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return json.loads(answer.stdout)
-
-
-def _stand_ins(library: Path, directory: Path) -> Path:
-    """Libraries of the names that `library` asks for; every function in them returns a null pointer."""
-    dynamic = subprocess.run(["readelf", "-dW", library], capture_output=True, text=True, check=True).stdout
-    listed = subprocess.run(["nm", "-Du", library], capture_output=True, text=True, check=True).stdout
-    here = ctypes.CDLL(None)
-    wanted = re.findall(r"^\s*U (\w+)$", listed, re.MULTILINE)
-    source = directory / "null.c"
-    source.write_text("".join(f"void* {n}(void) {{ return 0; }}\n" for n in wanted if not hasattr(here, n)))
-    for name in re.findall(r"NEEDED.*\[(libnv\S+)\]", dynamic):
-        flags = ["-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(directory / name)]
-        subprocess.run(["cc", *flags, str(source)], check=True)
-    return directory
 
 
 def test_everything_named_exists_and_is_called_as_declared(api: Api) -> None:
@@ -346,13 +323,14 @@ def test_the_check_passes(api: Api, code: str) -> None:
 
 
 NO_GPU = """
-import sys, pathlib, tensorrt_bindings
+import sys, pathlib, warnings, tensorrt_bindings
 sys.modules["tensorrt"] = tensorrt_bindings
 import tensorrt as trt
 from ubgen.errors import UserError
 from ubgen.export.compilers.tensorrt import Progress, build, refit
+from ubgen.runtime import tensorrt as runtime
 from ubgen.runtime.tensorrt import LOG, open_plan, why
-LOG.log(trt.ILogger.Severity.WARNING, "not kept")
+LOG.log(trt.ILogger.Severity.WARNING, "of a build")
 LOG.log(trt.ILogger.Severity.ERROR, "no device\\n found")
 print(why(), why() == "")
 progress = Progress("unet", print)
@@ -369,6 +347,18 @@ for call in (lambda: open_plan(plan), lambda: refit(plan, plan, plan),
         call()
     except UserError as error:
         print(error)
+
+class Runtime:
+    def deserialize_cuda_engine(self, plan):
+        LOG.log(trt.ILogger.Severity.INFO, "loaded")
+        LOG.log(trt.ILogger.Severity.WARNING, "built on another\\n GPU model")
+        return plan
+
+runtime._runtime = Runtime
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    open_plan(plan)
+print([str(warning.message) for warning in caught])
 """
 
 
@@ -392,4 +382,5 @@ def test_our_classes_load_and_the_lack_of_a_gpu_is_said_in_one_line(release: Any
         "TensorRT does not start on this machine",
         "TensorRT does not start on this machine",
         "TensorRT cannot build on this machine",
+        "['unet.plan: TensorRT warns: built on another GPU model']",
     ], answer.stderr

@@ -43,7 +43,7 @@ class Small(nn.Module):
         self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
 
     def forward(self, pixels: Tensor, scale: Tensor) -> Tensor:
-        images = pixels.permute(0, 3, 1, 2).to(self.norm.weight.dtype) / 255
+        images = pixels.float().permute(0, 3, 1, 2).to(self.norm.weight.dtype) / 255
         tokens = nn.functional.silu(self.norm(self.convolution(images))).flatten(2).transpose(1, 2)
         return self.attention(tokens, tokens, tokens, need_weights=False)[0].float() * scale
 

@@ -18,5 +18,5 @@ def test_every_extra_that_is_named_exists() -> None:
         for group in re.findall(r"(?:ubgen|'\.)\[([\w, -]+)\]", path.read_text(encoding="utf-8"))
         for extra in group.split(",")
     }
-    assert {"tensorrt", "float8", "ort-gpu"} <= set(named)
+    assert {"tensorrt", "float8", "torch-tensorrt"} <= set(named)
     assert {extra: path for extra, path in named.items() if extra not in extras} == {}

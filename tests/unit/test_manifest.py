@@ -1,5 +1,6 @@
 """Stage directories: unfinished ones are not read, finished ones are not overwritten, and one writer at a time."""
 
+import errno
 import json
 import os
 import subprocess
@@ -187,6 +188,18 @@ def test_content_hash_of_a_directory_depends_on_names_and_bytes_alone(tmp_path):
     assert first != content_hash(tmp_path / "one")
 
 
+def test_content_hash_of_a_directory_leaves_out_what_no_stage_reads(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_bytes(b"{}")
+    first = content_hash(tmp_path)
+    for name in ("README.md", ".gitattributes", ".git/config", "unet/.cache/huggingface/download.lock"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert content_hash(tmp_path) == first
+    (tmp_path / "unet" / "extra.json").write_bytes(b"{}")
+    assert content_hash(tmp_path) != first
+
+
 def test_content_hash_of_a_known_file(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
     # FIPS 180-2, appendix B.1
@@ -224,3 +237,17 @@ def test_a_full_disk_leaves_the_old_content(tmp_path):
     assert "File too large" in answer.stderr
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_file_system_that_cannot_lock_is_named(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with (
+        pytest.raises(
+            UserError, match=rf"{tmp_path}: its file system cannot lock files \(No locks available\)"
+        ),
+        stage_directory(tmp_path, "train", {}),
+    ):
+        pass

@@ -2,10 +2,12 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ubgen.classes import load_classes
@@ -15,7 +17,7 @@ from ubgen.errors import UserError
 from ubgen.export.chain import ChainRow, Images, compare_chains, run_chain
 from ubgen.export.gate import Candidate, open_network, pass_gate
 from ubgen.export.hashes import CACHE, Hashes
-from ubgen.export.inputs import exact_float32, outputs, real_inputs
+from ubgen.export.inputs import exact_float32, expected_outputs, real_inputs
 from ubgen.export.machine import require_machine
 from ubgen.export.networks import Exportable, clip_networks, qalign_networks, stable_diffusion_networks
 from ubgen.export.parity import ParityRow
@@ -27,7 +29,7 @@ from ubgen.export.spec import EngineSpec, NetworkSpec
 from ubgen.export.store import Built, Store
 from ubgen.manifest import held_directory, read_manifest
 from ubgen.rewards import Clip, QAlign
-from ubgen.runtime import Signature
+from ubgen.runtime import Network, Signature
 from ubgen.runtime.key import first_difference, json_hash
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".msgpack", ".h5"}
@@ -152,7 +154,8 @@ class _Build:
         """All networks in float32 on the CPU; one model family is in memory at a time."""
         self.say("sampling real inputs with PyTorch")
         sd = self._stable_diffusion()
-        real = self._real = real_inputs(sd, self.spec)
+        with _enough_memory("unet", "lower image_size"):
+            real = self._real = real_inputs(sd, self.spec)
         yield from stable_diffusion_networks(sd, real).items()
         del sd
         clip = clip_networks(Clip.load(self.inputs["clip"]), real)
@@ -170,9 +173,13 @@ class _Build:
 
     def _network(self, name: str, network: Exportable) -> ParityRow:
         """Found or compiled, and proven."""
+        with _enough_memory(name, f"lower networks.{name}.batch.max"):
+            return self._proven(name, network)
+
+    def _proven(self, name: str, network: Exportable) -> ParityRow:
         spec = getattr(self.spec.networks, name)
         self.say(f"{name}: running PyTorch")
-        expected = outputs(network, self.spec.device)
+        expected = expected_outputs(name, network, self.spec.device, self.say)
         self._expected[name] = expected[0]
         candidate = Candidate(name, network, expected, spec, self.spec.device)
         keys = network_keys(name, self.spec, self.parts, self.inputs, self.store.hash_of)
@@ -207,8 +214,17 @@ class _Build:
 
     def _chain(self) -> tuple[ChainRow, Images, Images]:
         self.say("comparing the finished chain with PyTorch's")
+        with _enough_memory("all networks together", "lower their batch.max"):
+            ours = run_chain(self._engines(), self._real, self._tokens, self.spec.parity)
+        expected = self._expected
+        reference = Images.of(
+            self._real.pixels, expected["clip_image"], expected["clip_text"], expected["qalign"]
+        )
+        return compare_chains(ours, reference, self.spec.parity), ours, reference
+
+    def _engines(self) -> dict[str, Network]:
         specs = dict(self.spec.networks.items())
-        engines = {
+        return {
             name: open_network(
                 name,
                 self.store.out / entry["file"],
@@ -218,12 +234,16 @@ class _Build:
             )
             for name, entry in self.entries.items()
         }
-        ours = run_chain(engines, self._real, self._tokens, self.spec.parity)
-        expected = self._expected
-        reference = Images.of(
-            self._real.pixels, expected["clip_image"], expected["clip_text"], expected["qalign"]
-        )
-        return compare_chains(ours, reference, self.spec.parity), ours, reference
+
+
+@contextmanager
+def _enough_memory(what: str, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{what}: the GPU has too little memory; {advice}, or free what other programs hold there"
+        ) from error
 
 
 def _mended_in_vain(built: Built, spec: NetworkSpec) -> bool:

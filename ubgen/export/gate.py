@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ubgen.config import to_dict
 from ubgen.errors import UserError
-from ubgen.export.compilers import COMPILERS, Say
+from ubgen.export.compilers import COMPILERS, FROM_ONNX, Say
 from ubgen.export.mend import offending_layers
 from ubgen.export.networks import Exportable
 from ubgen.export.parity import ParityRow, check_parity
@@ -74,8 +74,9 @@ def _attempt(
     spec = replace(candidate.spec, keep_float32=keep)
     say(f"{name}: compiling with {spec.compiler} in {spec.precision}")
     calls = record_calls(network.module, network.example(spec.batch)) if keep else None
-    lowered = lower(network.module, spec.precision, keep, calls, device)
-    inputs = [{n: t.to(device) for n, t in given.items()} for given in network.inputs]
+    traced_on = "cpu" if spec.compiler in FROM_ONNX else device
+    lowered = lower(network.module, spec.precision, keep, calls, traced_on)
+    inputs = [{n: t.to(traced_on) for n, t in given.items()} for given in network.inputs]
     exportable = replace(network, module=lowered, inputs=inputs)
     files = COMPILERS[spec.compiler](exportable, spec, directory / name, device, say, base).files
     del lowered, inputs, exportable

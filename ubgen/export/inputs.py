@@ -1,6 +1,6 @@
 """Real inputs for the parity gate: prompts, denoising trajectories, their final latents, the decoded images."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from ubgen.errors import UserError
 from ubgen.export.networks import Exportable, TextEncoder, VaeDecoder
 from ubgen.export.spec import EngineSpec
 
+Say = Callable[[str], None]
 CHUNK = 4  # rows that PyTorch runs at a time: enough to be fast, and small beside the weights
 
 
@@ -115,6 +116,16 @@ def run_module(module: torch.nn.Module, inputs: Mapping[str, Tensor], device: st
     return outputs(Exportable(module.eval(), [inputs], ""), device)[0]
 
 
+def expected_outputs(name: str, network: Exportable, device: str, say: Say) -> list[Tensor]:
+    """`outputs` of a network in float32: from the CPU, as exact and slower, where `device` has too little memory."""
+    try:
+        return outputs(network, device)
+    except torch.OutOfMemoryError:
+        say(f"{name}: does not fit {device} in float32; running PyTorch on the CPU")
+    torch.cuda.empty_cache()  # of what the error still held
+    return outputs(network, "cpu")
+
+
 @torch.no_grad()
 def outputs(network: Exportable, device: str) -> list[Tensor]:
     """The network's output for each of its real inputs, computed on `device` a few rows at a time, on the CPU."""
@@ -132,11 +143,13 @@ def outputs(network: Exportable, device: str) -> list[Tensor]:
 @contextmanager
 def on_device(module: torch.nn.Module, device: str) -> Iterator[None]:
     """The weights on `device`, and back on the CPU afterwards: no GPU holds them while a compiler works."""
-    module.to(device)
     try:
+        module.to(device)
         yield
     finally:
         module.to("cpu")
+        if device != "cpu":
+            torch.cuda.empty_cache()  # PyTorch would keep the memory, and no compiler could have it
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """Whether this machine can build an engine spec: its device, its compilers, its memory."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ubgen import probes
 from ubgen.errors import UserError
+from ubgen.export.compilers.tensorrt_operators import OLDEST_FOR_OPSET_23
 from ubgen.export.spec import EngineSpec, NetworkSpec
 from ubgen.probes import Probe
 from ubgen.runtime.backends import backend
@@ -31,7 +33,11 @@ def require_machine(spec: EngineSpec) -> None:
 def _probe(network: NetworkSpec, device: str) -> Probe:
     if network.options.provider == "tensorrt":
         return probes.onnxruntime_tensorrt()
-    return backend(network.compiler).probe(device)
+    probe = backend(network.compiler).probe(device)
+    if network.compiler != "tensorrt" or network.opset < 23:
+        return probe
+    newer = probes.at_least(probe, "tensorrt", OLDEST_FOR_OPSET_23)
+    return probe if newer is probe else replace(newer, detail=f"{newer.detail}, or set opset = 20")
 
 
 def host_memory() -> int:

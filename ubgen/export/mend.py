@@ -118,6 +118,8 @@ class _Search:
     def passes(self, kept: Sequence[str]) -> bool:
         try:
             ours = torch.cat(self.lowered_outputs(kept))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # float32 and low precision meet in an operation that takes no two types
             return False
         errors = row_errors(ours, self.expected, self.largest)

@@ -109,7 +109,7 @@ class ClipImage(nn.Module):
         self.visual: nn.Module = clip.model.visual  # type: ignore[assignment]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        images_B3HW = pixels.permute(0, 3, 1, 2).float() / 255
+        images_B3HW = pixels.float().permute(0, 3, 1, 2) / 255  # in this order: TensorRT permutes no bytes
         features = self.visual(clip_preprocess(images_B3HW, self.image_size))
         return nn.functional.normalize(features.float(), dim=-1)
 
@@ -161,13 +161,16 @@ class Exportable:
         rows = torch.export.Dim("batch", min=batch.min, max=batch.max)
         return {name: {} if name in self.constant else {0: rows} for name in self.inputs[0]}
 
-    def signature(self, batch: BatchRange, output: Tensor | None = None) -> Signature:
-        """As a real input and its output show it (computed if not given), with the batch free in its range."""
-        example = self.example(batch)
+    def input_specs(self, batch: BatchRange) -> tuple[TensorSpec, ...]:
+        """As a real input shows them, with the batch free in its range."""
         rows = Dim("batch", batch.min, batch.best, batch.max)
-        inputs = tuple(_spec(n, t, 1 if n in self.constant else rows) for n, t in example.items())
-        result = self.reference(example) if output is None else output
-        return Signature(inputs, (_spec(self.output, result, rows),))
+        return tuple(_spec(n, t, 1 if n in self.constant else rows) for n, t in self.inputs[0].items())
+
+    def signature(self, batch: BatchRange, output: Tensor | None = None) -> Signature:
+        """`input_specs`, and the output as it is computed from a real input if it is not given."""
+        rows = Dim("batch", batch.min, batch.best, batch.max)
+        result = self.reference(self.example(batch)) if output is None else output
+        return Signature(self.input_specs(batch), (_spec(self.output, result, rows),))
 
 
 def _spec(name: str, tensor: Tensor, rows: Dim | int) -> TensorSpec:

@@ -110,11 +110,12 @@ def require_memory(spec: EngineSpec, inputs: Mapping[str, Path]) -> None:
 def check_memory(spec: EngineSpec, plans: list[NetworkPlan], host: int, device: int) -> None:
     """`require_memory` against `host` bytes for the export and `device` bytes for the engines together."""
     weights, largest = sum(plan.weight_bytes for plan in plans), max(plans, key=lambda p: p.activation_bytes)
-    if (needed := weights + largest.activation_bytes) > device:
+    scratch = _scratch(plans)
+    if (needed := weights + scratch) > device:
         raise UserError(
-            f"networks.{largest.name} at batch.max = {largest.spec.batch.max} takes {_gib(largest.activation_bytes)} "
-            f"beside {_gib(weights)} of all weights, {_gib(needed)} in all; {spec.device} has {_gib(device)}: "
-            "lower batch.max"
+            f"networks.{largest.name} at batch.max = {largest.spec.batch.max} takes {_gib(largest.activation_bytes)}, "
+            f"all networks {_gib(scratch)} beside {_gib(weights)} of weights, {_gib(needed)} together; "
+            f"{spec.device} has {_gib(device)}: lower batch.max"
         )
     families = {family: [p for p in plans if FAMILY[p.name] == family] for family in FAMILY.values()}
     for family, members in families.items():
@@ -125,6 +126,15 @@ def check_memory(spec: EngineSpec, plans: list[NetworkPlan], host: int, device: 
                 f"exporting the networks of --{family.replace('_', '-')} takes about {_gib(needed)} of memory; "
                 f"this machine has {_gib(host)}"
             )
+
+
+def _scratch(plans: list[NetworkPlan]) -> int:
+    """Bytes beside the weights: engines keep them; AOTInductor borrows PyTorch's, but keeps those of CUDA graphs."""
+    kept, given_back = [0], [0]
+    for plan in plans:
+        returns = plan.spec.compiler == "aotinductor" and not plan.spec.options.cuda_graphs
+        (given_back if returns else kept).append(plan.activation_bytes)
+    return sum(kept) + max(given_back)
 
 
 def _gib(size: int) -> str:

@@ -60,7 +60,7 @@ class QAlignScorer(nn.Module):
         self.register_buffer("level_weights", qalign.level_weights.to(before.device))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        images_B3HW = pixels.permute(0, 3, 1, 2).float() / 255
+        images_B3HW = pixels.float().permute(0, 3, 1, 2) / 255  # in this order: TensorRT permutes no bytes
         square = images_B3HW.shape[2] == images_B3HW.shape[3]
         return self.score_pixels(
             qalign_preprocess(images_B3HW, self.image_size, fit="squash" if square else "pad")

@@ -105,8 +105,11 @@ def _check_base(inputs: Mapping[str, Path], base: str) -> None:
     if "lora" not in inputs or not (inputs["lora"].parent / MANIFEST).exists():
         return
     trained_on = read_manifest(inputs["lora"].parent, "train")["inputs"].get("stable_diffusion", {})
-    if trained_on.get("hash", base) != base:
+    if trained_on.get("hash", base) == base:
+        return
+    path, given = Path(trained_on["path"]), inputs["stable_diffusion"]
+    if path.resolve() == given.resolve():
         raise UserError(
-            f"--lora: {inputs['lora'].parent} was trained on {trained_on['path']}, "
-            f"not on the weights in {inputs['stable_diffusion']}"
+            f"--lora: files in {given} have changed since {inputs['lora'].parent} was trained on it"
         )
+    raise UserError(f"--lora: {inputs['lora'].parent} was trained on {path}, not on the weights in {given}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ubgen.errors import UserError
+from ubgen.probes import GET_ONNXRUNTIME_GPU
 from ubgen.runtime.cache import cache_directory
 from ubgen.runtime.cuda_graphs import GraphedCalls, Inputs, Sizes
 from ubgen.runtime.network import Dim, Network, Signature
@@ -144,7 +145,7 @@ def open_session(
     """A session of the first provider, or UserError: ONNX Runtime itself would run on the CPU with a mere warning."""
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if wanted not in ort.get_available_providers():
-        raise UserError(f"{path}: this onnxruntime has no {wanted}; pip install 'ubgen[ort-gpu]'")
+        raise UserError(f"{path}: this onnxruntime has no {wanted}; {GET_ONNXRUNTIME_GPU}")
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's own exception classes share no base

@@ -1,5 +1,6 @@
 """TensorRT 10.12 and later, and 11: plans run on torch's memory and streams."""
 
+import warnings
 from collections import deque
 from collections.abc import Mapping
 from functools import cache
@@ -23,11 +24,15 @@ class Log(trt.ILogger):
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
         self.errors: deque[str] = deque(maxlen=16)  # TensorRT also complains in calls that succeed
+        self.warnings: deque[str] = deque(maxlen=16)
 
     def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
         """Called by TensorRT, from any of its threads."""
+        text = " ".join(msg.split())
         if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-            self.errors.append(" ".join(msg.split()))
+            self.errors.append(text)
+        elif severity == trt.ILogger.Severity.WARNING:
+            self.warnings.append(text)
 
 
 LOG = Log()
@@ -118,10 +123,17 @@ class TensorRtNetwork(Network):
 
 
 def open_plan(path: Path) -> trt.ICudaEngine:
-    """The plan in the file `path`, for the current device; UserError when it is none that this TensorRT can run."""
-    engine = _runtime().deserialize_cuda_engine(path.read_bytes())
+    """The plan in the file `path`, for the current device; UserError when it is none that this TensorRT can run.
+
+    What TensorRT warns of meanwhile is passed on: above all that the plan was built on another GPU model.
+    """
+    runtime = _runtime()
+    LOG.warnings.clear()  # those of a build, many and of no use
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise UserError(f"{path} cannot be opened by TensorRT {trt.__version__}{why()}")
+    for text in list(LOG.warnings):
+        warnings.warn(f"{path}: TensorRT warns: {text}", stacklevel=2)
     return engine
 
 

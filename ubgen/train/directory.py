@@ -91,7 +91,7 @@ def _lines(classes: ClassList) -> str:
 
 def _require_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any], classes_text: str) -> None:
     now = json.loads(json.dumps(new))
-    difference = first_difference(*({k: v for k, v in c.items() if k not in _FREE} for c in (old, now)))
+    difference = first_difference({**old, **dict.fromkeys(_FREE)}, {**now, **dict.fromkeys(_FREE)})
     if difference is None and (out / CLASSES_FILE).read_text(encoding="utf-8") != classes_text:
         difference = "the class list's content has changed"
     if difference is not None:

@@ -30,6 +30,19 @@ def test_both_sides_of_every_part_are_timed(exported: Exported) -> None:
     assert float(share[1]) > 99.9
 
 
+@pytest.mark.gpu
+def test_an_engine_on_a_gpu_is_timed_to_the_end(
+    spec_file: Path, family: dict[str, str], tmp_path: Path
+) -> None:
+    text = spec_file.read_text(encoding="utf-8").replace('device = "cpu"', 'device = "cuda"')
+    text = text.replace('compiler = "onnxruntime"\nopset = 23', 'compiler = "aotinductor"')
+    (tmp_path / "gpu.toml").write_text(text, encoding="utf-8")
+    exported = export_engine(load_spec(tmp_path / "gpu.toml", **family), tmp_path / "engine")
+    result = bench_engine(exported.path, batch=2, seconds=0.05, steps=3)
+    assert [row.part for row in result.rows if row.side == "engine"] == PARTS
+    assert result.notes[0].startswith("Pixel values of the two chains within one grey level: ")
+
+
 def test_torch_compile_can_be_the_other_side(exported: Exported) -> None:
     with torch.compiler.set_stance("force_eager"):  # compiling eight parts would take minutes
         result = bench_engine(exported.path, batch=1, seconds=0.05, steps=2, against=("compile",))

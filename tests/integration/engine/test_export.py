@@ -12,6 +12,7 @@ from ubgen import runtime
 from ubgen.diffusion import decode, encode_prompts, load_stable_diffusion, merge_lora
 from ubgen.errors import UserError
 from ubgen.export import Exported, export_engine, load_spec, plan_export
+from ubgen.export.compilers import COMPILERS
 from ubgen.manifest import stage_directory
 from ubgen.rewards import Clip, QAlign
 
@@ -140,6 +141,45 @@ def test_a_lora_of_another_generator_is_refused(
         stage.finish({"stable_diffusion": family["clip"]})
     with pytest.raises(UserError, match=r"train was trained on .*clip, not on the weights in"):
         export_engine(load_spec(spec_file, **family), tmp_path / "out", tmp_path / "train")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("README.md", "image_size must be a multiple of 8 "),  # beyond the check, which came first
+        (".cache/huggingface/download.lock", "image_size must be a multiple of 8 "),
+        ("scheduler/scheduler_config.json", r"files in .*sd have changed since .*train was trained on it"),
+    ],
+)
+def test_a_lora_whose_generator_has_changed_since_is_refused(
+    tmp_path: Path, family: dict[str, str], spec_file: Path, lora: Path, changed: str, message: str
+) -> None:
+    """But not for files beside the weights that no stage reads."""
+    sd = Path(shutil.copytree(family["stable_diffusion"], tmp_path / "sd"))
+    with stage_directory(tmp_path / "train", "train", {}) as stage:
+        shutil.copy(lora / "pytorch_lora_weights.safetensors", tmp_path / "train")
+        stage.finish({"stable_diffusion": sd})
+    (sd / changed).parent.mkdir(parents=True, exist_ok=True)
+    with (sd / changed).open("a", encoding="utf-8") as file:
+        file.write("\n")
+    spec = load_spec(spec_file, **{**family, "stable_diffusion": str(sd)})
+    with pytest.raises(UserError, match=message):
+        export_engine(dataclasses.replace(spec, image_size=68), tmp_path / "out", tmp_path / "train")
+
+
+def test_a_gpu_that_runs_out_of_memory_gets_one_line(
+    tmp_path: Path, family: dict[str, str], spec_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_network(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    monkeypatch.setitem(COMPILERS, "onnxruntime", compile_network)
+    message = (
+        r"^text_encoder: the GPU has too little memory; lower networks\.text_encoder\.batch\.max, or free"
+    )
+    with pytest.raises(UserError, match=message):
+        export_engine(load_spec(spec_file, **family), tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_an_output_directory_in_use_is_refused(

@@ -15,6 +15,7 @@ from ubgen.export import load_spec
 from ubgen.export.compilers.tensorrt_graph import onnx_graph
 from ubgen.export.inputs import real_inputs
 from ubgen.export.networks import Exportable, clip_networks, qalign_networks, stable_diffusion_networks
+from ubgen.export.onnx import export_onnx
 from ubgen.export.parity import row_errors
 from ubgen.export.precision import lower
 from ubgen.export.spec import BatchRange, NetworkSpec
@@ -60,6 +61,17 @@ def test_the_parser_takes_the_half_precision_graph(
         assert_like(graph, network, 1e-2)
         if (name, opset) == ("unet", 23):
             assert_shared(onnx.shape_inference.infer_shapes(model).graph)
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize("name", ["clip_image", "qalign"])
+def test_pixels_are_cast_before_anything_else(
+    networks: dict[str, Exportable], tmp_path: Path, name: str, opset: int
+) -> None:
+    """By the network itself: only the batch's size is taken from them as they are."""
+    spec = NetworkSpec(BatchRange(1, 2, 4), 1e-2, "tensorrt", opset=opset)
+    graph = onnx.load(export_onnx(networks[name], spec, tmp_path / "graph.onnx")[0]).graph
+    assert {node.op_type for node in graph.node if "pixels" in node.input} == {"Cast", "Shape"}
 
 
 def assert_shared(graph: onnx.GraphProto) -> None:

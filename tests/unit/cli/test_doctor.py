@@ -64,6 +64,14 @@ def test_a_tensorrt_that_is_too_old_is_refused(poor_machine):
     )
 
 
+def test_onnx_runtimes_gpu_package_takes_the_place_of_the_other():
+    probe = next(probe for probe in all_probes() if probe.name == "onnxruntime: CUDA")
+    if "has no CUDAExecutionProvider" not in probe.detail:
+        pytest.skip("this ONNX Runtime has it")
+    hint = "; pip uninstall onnxruntime, then pip install -c constraints.txt onnxruntime-gpu"
+    assert probe.detail.endswith(hint)
+
+
 def test_engines_cannot_be_built_without_a_compiler(poor_machine):
     assert not poor_machine["aotinductor: CPU"]["available"]
     assert "engines cannot be built: g++-of-nobody" in poor_machine["aotinductor: CPU"]["detail"]

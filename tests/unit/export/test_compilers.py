@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ubgen.errors import UserError
 from ubgen.export.compilers import COMPILERS
 from ubgen.export.compilers.float8 import calibration_rows, quantise
+from ubgen.export.compilers.program import one_line
 from ubgen.export.compilers.tensorrt_graph import cast_images, onnx_graph
 from ubgen.export.compilers.tensorrt_operators import SUPPORTED, check_operators
 from ubgen.export.networks import Exportable
@@ -27,7 +28,7 @@ FLOAT, UINT8, INT64 = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT64
 
 
 class Picture(nn.Module):
-    """8-bit pixels in and out, and an input that all rows share; the transposition comes before the cast."""
+    """8-bit pixels in and out, and an input that all rows share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class Picture(nn.Module):
         self.last = nn.Conv2d(64, 3, 1)
 
     def forward(self, pixels: Tensor, scale: Tensor) -> Tensor:
-        images = pixels.permute(0, 3, 1, 2).float() / 255
+        images = pixels.float().permute(0, 3, 1, 2) / 255
         hidden = nn.functional.silu(self.middle(self.first(images.to(self.first.weight.dtype))))
         images = self.last(self.exact(hidden.float())) * scale * 8
         return (images.clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
@@ -89,6 +90,19 @@ def test_a_graph_without_images_is_left_alone(tmp_path: Path) -> None:
     before = path.read_bytes()
     cast_images(path)
     assert path.read_bytes() == before
+
+
+def test_a_compilers_error_is_told_by_what_it_was_raised_from() -> None:
+    """As Torch-TensorRT has it, whose last error shows the whole graph."""
+    named = "Conversion of function torch._ops.aten.aten::_to_copy not currently supported!"
+    with pytest.raises(UserError) as raised, one_line("unet", "Torch-TensorRT"):
+        raise RuntimeError("Conversion of module GraphModule(\n) not supported") from TypeError(named)
+    assert str(raised.value) == f"unet: Torch-TensorRT could not compile it: TypeError: {named}"
+
+
+def test_too_little_memory_is_no_compilers_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError), one_line("unet", "AOTInductor"):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 @pytest.mark.parametrize("compiler", ["tensorrt", "torch_tensorrt"])

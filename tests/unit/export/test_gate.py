@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ubgen.errors import UserError
+from ubgen.export.compilers import COMPILERS
 from ubgen.export.gate import Candidate, pass_gate
 from ubgen.export.networks import Exportable
 from ubgen.export.spec import BatchRange, NetworkSpec
@@ -92,3 +93,16 @@ def test_an_engine_that_is_wrong_for_another_reason_is_refused(tmp_path: Path, p
         UserError, match=r"^net: the engine differs from PyTorch by [\d.e-]+, more than the spec's"
     ):
         pass_gate(candidate(spec, [1, 1], shift=1.0), tmp_path, print)
+
+
+def test_a_network_for_an_onnx_file_takes_no_memory_of_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_network(network: Exportable, *_: object) -> None:
+        tensors = [*network.module.parameters(), *network.inputs[0].values()]
+        raise UserError(f"all on {' and '.join({tensor.device.type for tensor in tensors})}")
+
+    monkeypatch.setitem(COMPILERS, "tensorrt", compile_network)
+    wanted = replace(candidate(SPEC, [1, 1]), spec=replace(SPEC, compiler="tensorrt"), device="cuda")
+    with pytest.raises(UserError, match=r"^all on cpu$"):
+        pass_gate(wanted, tmp_path, print)

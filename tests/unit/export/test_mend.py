@@ -83,3 +83,18 @@ def test_what_low_precision_does_not_cause_is_not_blamed_on_it() -> None:
     assert offending_layers(network, expected, SPEC, "cpu", print) == ()
     wrong = [wanted + 1 for wanted in expected]
     assert offending_layers(network, wrong, SPEC, "cpu", print) == ()
+
+
+class Scarce(Network):
+    """Runs out of memory when a lowered copy has its end in float32, as on a GPU that holds no more of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.head._forward_pre_hooks_with_kwargs and self.head.weight.dtype == torch.float32:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(x)
+
+
+def test_too_little_memory_is_not_taken_for_layers_that_do_not_help() -> None:
+    network, expected = exportable(Scarce([3]))
+    with pytest.raises(torch.OutOfMemoryError):
+        offending_layers(network, expected, SPEC, "cpu", print)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ubgen.export import EngineSpec, export_engine, load_spec, plan_export
 from ubgen.export.activations import peak_activations
 from ubgen.export.networks import UNet, VaeDecoder
 from ubgen.export.plan import NetworkPlan, check_memory
-from ubgen.export.spec import BatchRange
+from ubgen.export.spec import BatchRange, Options
 
 GIB = 2**30
 SEVEN_BILLION = Path(__file__).parents[3] / "bench/qalign-7b.json"
@@ -78,6 +79,24 @@ def test_seven_billion_weights_from_their_config_alone(tmp_path: Path) -> None:
         check_memory(spec, plans, host=24 * GIB, device=80 * GIB)
     with pytest.raises(UserError, match=r"networks\.qalign at batch\.max = 128 takes .* cuda has 16\.0 GiB"):
         check_memory(dataclasses.replace(spec, device="cuda"), plans, host=100 * GIB, device=16 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("name", "graphs", "count"),
+    [("miniature", False, sum), ("miniature-aoti", False, max), ("miniature-aoti", True, sum)],
+)
+def test_memory_that_engines_keep_is_added_up(
+    name: str, graphs: bool, count: Callable[[list[int]], int]
+) -> None:
+    """AOTInductor's takes PyTorch's, which gets it back when a call ends, unless a CUDA graph holds it."""
+    spec = load_spec(name)
+    for network in plan_export(spec).networks:
+        spec = with_network(spec, network.name, options=Options(cuda_graphs=graphs))
+    plans = plan_export(spec).networks
+    needed = sum(p.weight_bytes for p in plans) + count([p.activation_bytes for p in plans])
+    check_memory(spec, plans, host=100 * GIB, device=needed)
+    with pytest.raises(UserError, match=r"all networks .* beside .* of weights, .*: lower batch\.max"):
+        check_memory(spec, plans, host=100 * GIB, device=needed - 1)
 
 
 class Chain(nn.Module):

@@ -20,9 +20,10 @@ class Compiled(NamedTuple):
 
 
 Compile = Callable[..., Compiled]
-"""(network in its precision on the device, spec, directory/name without suffix, device, say, base=None) -> files.
+"""(network in its precision, spec, directory/name without suffix, device, say, base=None) -> files.
 
-`base` is a file compiled from the same graph with other weights, for a compiler that can start from it (option refit).
+The network lies on the device, or for the compilers in `FROM_ONNX` on the CPU. `base` is a file compiled from the same
+graph with other weights, for a compiler that can start from it (option refit).
 UserError when it can't be compiled. What is made on the way is removed.
 """
 
@@ -46,6 +47,9 @@ def _lazily(module: str) -> Compile:
 
     return compile_network
 
+
+FROM_ONNX = frozenset({"onnxruntime", "tensorrt"})
+"""Compilers that are given an ONNX file. It is written on the CPU: the GPU's memory is theirs."""
 
 COMPILERS: dict[str, Compile] = {
     name: _lazily(name) for name in ("onnxruntime", "aotinductor", "tensorrt", "torch_tensorrt")

@@ -23,13 +23,19 @@ def export_program(network: Exportable, spec: NetworkSpec) -> torch.export.Expor
 
 @contextmanager
 def one_line(name: str, compiler: str) -> Iterator[None]:
-    """What goes wrong inside a compiler, of any kind and often pages long, as a UserError; the cause stays attached."""
+    """What goes wrong inside a compiler, of any kind and often pages long, as a UserError; the cause stays attached.
+
+    The line is that of the error which the others were raised from: it names the operator, they show the graph.
+    """
     try:
         yield
-    except (UserError, OSError):
+    except (UserError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        lines = str(first).strip().splitlines() or [""]
         raise UserError(
-            f"{name}: {compiler} could not compile it: {type(error).__name__}: {lines[0]}"
+            f"{name}: {compiler} could not compile it: {type(first).__name__}: {lines[0]}"
         ) from error

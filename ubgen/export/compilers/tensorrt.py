@@ -1,5 +1,6 @@
 """TensorRT 10.12 and later, and 11: ONNX graph -> plan, and new weights into a built plan."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import tensorrt as trt
@@ -11,7 +12,7 @@ from ubgen.export.compilers.tensorrt_graph import onnx_graph
 from ubgen.export.networks import Exportable
 from ubgen.export.spec import NetworkSpec
 from ubgen.manifest import atomic_write
-from ubgen.runtime import Dim, Signature
+from ubgen.runtime import Dim, TensorSpec
 from ubgen.runtime.backends import device_architecture
 from ubgen.runtime.cache import cache_directory
 from ubgen.runtime.tensorrt import LOG, open_plan, why
@@ -40,12 +41,12 @@ def compile_network(
                 return Compiled([plan])
             except UserError as error:
                 say(f"{error}; building it anew")
-        build(graph, network.signature(spec.batch), spec, device, say, plan)
+        build(graph, network.input_specs(spec.batch), spec, device, say, plan)
     return Compiled([plan])
 
 
 def build(
-    onnx_file: Path, signature: Signature, spec: NetworkSpec, device: str, say: Say, plan: Path
+    onnx_file: Path, inputs: Sequence[TensorSpec], spec: NetworkSpec, device: str, say: Say, plan: Path
 ) -> None:
     """Build the plan of an ONNX file, typed as the file is, and write it to `plan`."""
     try:
@@ -60,7 +61,7 @@ def build(
     config = builder.create_builder_config()
     _set_options(config, spec)
     profile = builder.create_optimization_profile()
-    for tensor in signature.inputs:
+    for tensor in inputs:
         smallest, best, largest = (_at(tensor.shape, bound) for bound in ("min", "best", "max"))
         profile.set_shape(tensor.name, smallest, best, largest)
     if config.add_optimization_profile(profile) < 0:

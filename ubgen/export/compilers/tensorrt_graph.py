@@ -34,7 +34,10 @@ def onnx_graph(network: Exportable, spec: NetworkSpec, path: Path, version: str)
 
 
 def cast_images(path: Path) -> None:
-    """Let 8-bit inputs reach the graph as float32: TensorRT has no operator but Cast that reads them."""
+    """Let 8-bit inputs reach the graph as float32: TensorRT has no operator but Cast that reads them.
+
+    An exported network casts its pixels first, but takes the batch's size from them as they are.
+    """
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
     images = {v.name for v in graph.input if v.type.tensor_type.elem_type == TensorProto.UINT8}

@@ -41,6 +41,8 @@ SUPPORTED: dict[str, frozenset[int]] = {
 """Operator -> ONNX element types that its first input may have (its output, where it has no input)."""
 
 _SINCE = {"Attention": (10, 14), "RMSNormalization": (10, 15), "RotaryEmbedding": (10, 15)}
+OLDEST_FOR_OPSET_23 = max(_SINCE.values())
+"""TensorRT's first release that takes what networks are exported to from that opset on."""
 
 
 def check_operators(path: Path, version: str) -> None:

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import tensorrt as trt
+import torch
 import torch_tensorrt
+from torch_tensorrt.dynamo.conversion import ConverterPriority, dynamo_tensorrt_converter, impl
 
 from ubgen.export.compilers import Compiled, Say
 from ubgen.export.compilers.program import export_program, one_line
@@ -16,13 +19,13 @@ from ubgen.runtime.cache import cache_directory
 
 def compile_network(network: Exportable, spec: NetworkSpec, path: Path, device: str, say: Say) -> Compiled:
     """`path`.plan, its tensors named as the network's are."""
-    signature = network.signature(spec.batch)
-    names = {tensor.name: tensor.name for tensor in signature.inputs}
+    inputs = network.input_specs(spec.batch)
+    names = {tensor.name: tensor.name for tensor in inputs}
     with one_line(path.name, "Torch-TensorRT"):
         serialized = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
             export_program(network, spec),
             arg_inputs=(),
-            kwarg_inputs={tensor.name: torch_tensorrt.Input(**_input(tensor)) for tensor in signature.inputs},
+            kwarg_inputs={tensor.name: torch_tensorrt.Input(**_input(tensor)) for tensor in inputs},
             kwarg_input_binding_names=names,
             output_binding_names=network.output,
             **_settings(spec, device),
@@ -41,6 +44,7 @@ def _settings(spec: NetworkSpec, device: str) -> dict[str, Any]:
         "optimization_level": options.optimization_level,
         "max_aux_streams": 0 if options.cuda_graphs else None,
         "require_full_compilation": True,
+        "offload_module_to_cpu": True,  # the GPU's memory is the builder's
         "attn_bias_is_causal": False,  # its default takes every mask for a causal one
         "timing_cache_path": str(cache_directory("torch-tensorrt") / "timings.bin"),
     }
@@ -56,3 +60,34 @@ def _input(tensor: TensorSpec) -> dict[str, Any]:
         for key, bound in bounds.items()
     }
     return {**shapes, "dtype": tensor.dtype}
+
+
+def _reads_bytes(node: Any, settings: Any = None) -> bool:
+    value = node.args[0].meta.get("val")
+    return value is not None and value.dtype == torch.uint8
+
+
+def _makes_bytes(node: Any, settings: Any = None) -> bool:
+    return node.kwargs.get("dtype") == torch.uint8
+
+
+@dynamo_tensorrt_converter(
+    torch.ops.aten._to_copy.default, capability_validator=_makes_bytes, supports_dynamic_shapes=True
+)
+def cast_to_bytes(ctx: Any, target: Any, args: Any, kwargs: Any, name: str) -> trt.ITensor:
+    """8-bit pixels as an output: Torch-TensorRT's own converters of the cast leave that type out."""
+    network: trt.INetworkDefinition = ctx.net
+    return network.add_cast(args[0], trt.DataType.UINT8).get_output(0)
+
+
+@dynamo_tensorrt_converter(
+    torch.ops.aten.sym_size.int,
+    capability_validator=_reads_bytes,
+    priority=ConverterPriority.HIGH,
+    supports_dynamic_shapes=True,
+)
+def size_of_bytes(ctx: Any, target: Any, args: Any, kwargs: Any, name: str) -> trt.ITensor:
+    """The size of an input of 8-bit pixels: no layer of TensorRT but a cast takes them, not even for their shape."""
+    network: trt.INetworkDefinition = ctx.net
+    numbers = network.add_cast(args[0], trt.DataType.FLOAT).get_output(0)
+    return impl.shape.shape(ctx, target, None, name, numbers, args[1])
