@@ -143,7 +143,8 @@ def audit(
 ) -> None:
     """Render random samples again from their identities, and compare them with what is stored.
 
-    Exit status 1 when an image has less than 99.9 % of its values within one grey level of what it should be.
+    Exit status 1 when an image has less than 99.9 % of its values within one grey level of what it should be. Images
+    that nvjpeg encoded, as it does by default for an engine on a GPU, need a GPU here too.
 
     Args:
         dataset: Directory or URL of a finished ubgen dataset.

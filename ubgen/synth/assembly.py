@@ -5,9 +5,10 @@ from types import TracebackType
 from typing import Any
 
 from ubgen.dataset import ShardWriter, Store
-from ubgen.synth.encode import Encoded
 from ubgen.synth.plan import Plan, identity_of
 from ubgen.synth.selection import Chosen
+
+Encoded = tuple[Chosen, bytes]
 
 
 class Assembly:

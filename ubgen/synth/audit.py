@@ -14,12 +14,13 @@ from PIL import Image
 
 from ubgen.classes import ClassList
 from ubgen.config import from_dict
-from ubgen.dataset import ShardDataset, Store, encode_image, open_dataset, open_store
+from ubgen.dataset import ShardDataset, Store, open_dataset, open_store
 from ubgen.errors import UserError
 from ubgen.manifest import MANIFEST, read_manifest
 from ubgen.runtime import load
 from ubgen.synth.checks import own_device
 from ubgen.synth.config import SynthConfig, check_device
+from ubgen.synth.encode import encoder
 from ubgen.synth.generator import Generator
 from ubgen.synth.plan import PLAN, Item
 
@@ -56,7 +57,9 @@ def audit(
 ) -> Audit:
     """Render `sample` random images of `dataset` again, by default with the engine that made it, on its own device.
 
-    UserError when the dataset is unfinished, the engine is gone, or an identity does not belong to its place.
+    They are encoded as the run encoded them. UserError when the dataset is unfinished, the engine is gone, an identity
+    does not belong to its place, or nvjpeg encoded the images and `device` is no GPU: on a CPU it cannot be told what
+    its files should be.
     """
     if sample < 1:
         raise UserError(f"--sample must be at least 1, not {sample}")
@@ -66,20 +69,24 @@ def audit(
     config = _config(store, manifest)
     path = Path(engine or config.engine)
     device = device or own_device(read_manifest(path, "export"))
-    config = replace(config, engine=path, device=device)
+    # with what "auto" stood for: on another device that may be the other encoder
+    config = replace(config, engine=path, device=device, encoder=config.resolved_encoder())
+    if config.encoder == "nvjpeg" and not device.startswith("cuda"):
+        raise UserError(
+            f"--device {device}: nvjpeg encoded the images of {dataset}; audit it with --device cuda"
+        )
     samples = open_dataset(store)
     chosen = sorted(random.Random(seed).sample(range(len(samples)), min(sample, len(samples))))
     engines = load(path, device=device)
     classes, prompts = _classes(store, samples)
-    generator = Generator(engines, classes, config, prompts)
+    generator, encode = Generator(engines, classes, config, prompts), encoder(config)
     found, close, values = Audit(same_engine=engines.key == manifest["engine_key"]), 0, 0
     for start in range(0, len(chosen), generator.batch):
         rows = chosen[start : start + generator.batch]
         items = [_item(samples, row, config, len(classes)) for row in rows]
         with torch.inference_mode():
-            made = generator.make(items)
-        for row, result in zip(rows, made, strict=True):
-            again = encode_image(result.pixels.cpu().numpy(), config.format)
+            files = encode([made.pixels for made in generator.make(items)])
+        for row, again in zip(rows, files, strict=True):
             stored, _ = samples.encoded(row)
             difference = np.abs(_pixels(stored) - _pixels(again))
             near = int((difference <= LEVELS).sum())

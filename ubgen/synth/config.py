@@ -127,7 +127,7 @@ class SynthConfig:
         """`device`, in which `synthesise` notes the engine's own where none is given; "cpu" without an engine."""
         return self.device or "cpu"
 
-    def resolved_encoder(self) -> str:
+    def resolved_encoder(self) -> Literal["cpu", "nvjpeg"]:
         """The encoder that "auto" stands for."""
         if self.format == "png":
             return "cpu"

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,9 +11,6 @@ from torch import Tensor
 from ubgen.dataset import encode_image, mark_synthetic
 from ubgen.dataset.shards import JPEG_QUALITY
 from ubgen.synth.config import SynthConfig
-from ubgen.synth.selection import Chosen
-
-Encoded = tuple[Chosen, bytes]
 
 
 class CpuEncoder:
@@ -24,11 +22,11 @@ class CpuEncoder:
         self._extension = extension
         self._pool = ThreadPoolExecutor(threads or min(8, len(os.sched_getaffinity(0))), "ubgen-jpeg")
 
-    def __call__(self, chosen: Sequence[Chosen]) -> list[Encoded]:
-        return list(zip(chosen, self._pool.map(self._one, chosen), strict=True))
+    def __call__(self, images: Sequence[Tensor]) -> list[bytes]:
+        return list(self._pool.map(self._one, images))
 
-    def _one(self, chosen: Chosen) -> bytes:
-        return encode_image(chosen.made.pixels.numpy(), self._extension)
+    def _one(self, pixels: Tensor) -> bytes:
+        return encode_image(pixels.cpu().numpy(), self._extension)
 
 
 class NvjpegEncoder:
@@ -36,17 +34,26 @@ class NvjpegEncoder:
 
     on_device = True
 
-    def __call__(self, chosen: Sequence[Chosen]) -> list[Encoded]:
+    def __call__(self, images: Sequence[Tensor]) -> list[bytes]:
         from torchvision.io import encode_jpeg
 
-        planes: list[Tensor] = [c.made.pixels.permute(2, 0, 1).contiguous() for c in chosen]
-        files = encode_jpeg(planes, quality=JPEG_QUALITY) if planes else []
-        sizes = [len(file) for file in files]
-        data = torch.cat(files).cpu() if files else torch.empty(0)  # one copy for all
-        parts = [mark_synthetic(part.numpy().tobytes()) for part in data.split(sizes)]
-        return list(zip(chosen, parts, strict=True))
+        if not images:
+            return []
+        stream = _stream(images[0].device)
+        stream.wait_stream(torch.cuda.current_stream(stream.device))  # which may be at work on the images
+        with torch.cuda.stream(stream):
+            files = encode_jpeg([i.permute(2, 0, 1).contiguous() for i in images], quality=JPEG_QUALITY)
+            data = torch.cat(files).cpu()  # one copy for all
+        return [mark_synthetic(part.numpy().tobytes()) for part in data.split([len(file) for file in files])]
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The same for the life of the process, as torchvision's encoder is: whoever calls it, it waits for the stream from
+    which it was called first, and lets that one wait for its files."""
+    return torch.cuda.Stream(device)
 
 
 def encoder(config: SynthConfig) -> CpuEncoder | NvjpegEncoder:
-    """The one that the configuration names."""
+    """The one that the configuration names. It is called with images (H,W,3) of uint8, and returns their files."""
     return NvjpegEncoder() if config.resolved_encoder() == "nvjpeg" else CpuEncoder(config.format)

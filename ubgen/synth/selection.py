@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ubgen.errors import UserError
@@ -92,8 +93,10 @@ class Selection:
         best = (item, made, reason)
         pending = self._pending.get(item.position)
         if pending is None or self._rank(made, reason) > self._rank(*pending.best[1:]):
-            kept = replace(made, pixels=made.pixels.clone())  # else it would keep its whole batch in memory
-            best = (item, kept, reason)
+            pixels = made.pixels.clone()  # else it would keep its whole batch in memory
+            if pixels.is_cuda:  # other streams use the batch's memory again, and read the copy
+                torch.cuda.current_stream(pixels.device).synchronize()
+            best = (item, replace(made, pixels=pixels), reason)
         else:
             best = pending.best
         rejected = pending.rejected if pending else []

@@ -13,6 +13,7 @@ from ubgen.classes import load_classes
 from ubgen.config import to_dict
 from ubgen.dataset import Store, open_store, write_classes
 from ubgen.errors import UserError
+from ubgen.locks import InUse
 from ubgen.manifest import MANIFEST, StageDirectory, read_manifest, stage_directory
 from ubgen.synth.accounts import Account, History, Record, account_files, leave, left, together
 from ubgen.synth.checks import check_fits, own_device
@@ -28,7 +29,6 @@ _RUN = {"local": run_local, "static": run_static, "ray": run_ray}
 _OPEN: dict[str, Callable[[SynthConfig], AbstractContextManager[object]]]
 _OPEN = {"local": nullcontext, "static": nullcontext, "ray": cluster}
 Directory = Callable[..., AbstractContextManager[StageDirectory]]
-_FINISH_WITHIN = 30.0  # seconds in which parts that end at the same moment settle who finishes the dataset
 
 
 @dataclass(frozen=True)
@@ -155,20 +155,21 @@ def _make_missing(job: Job, store: Store, watch: Watch) -> _Session:
 
 
 def _finish_static(session: _Session, directory: Directory, key: str) -> Synthesised:
-    """The part that ends last finishes the dataset; of several that end together, one does."""
-    config, deadline = session.job.config, time.monotonic() + _FINISH_WITHIN
+    """The part that ends last finishes the dataset. Of several that end together one does, and the others wait for it,
+    however long that takes: when it dies its lock ends, and another takes over."""
     while not session.job.plan.unfinished(session.store):
         names = session.store.names()
         if MANIFEST in names:  # another part was quicker
             # in object storage, where parts do not see each other, perhaps too quick to add up this one
             for name in account_files(names):
                 session.store.delete(name)
-            return session.result(True, read_manifest(config.out, "synth")["stats"])
+            return session.result(True, read_manifest(session.store, "synth")["stats"])
         try:
             with directory() as stage:
                 return session.finish(stage, key)
-        except UserError:
-            if time.monotonic() > deadline:
+        except UserError as error:
+            finished = session.store.size(MANIFEST) is not None  # since we looked
+            if not finished and not isinstance(error, InUse):
                 raise
             time.sleep(random.uniform(0.1, 1.0))
     return session.result(False)

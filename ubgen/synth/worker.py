@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ubgen.dataset import Store
 from ubgen.errors import UserError
 from ubgen.synth.accounts import Account, shares_of
-from ubgen.synth.assembly import Assembly
+from ubgen.synth.assembly import Assembly, Encoded
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.encode import encoder
 from ubgen.synth.feed import Feed
@@ -101,13 +101,13 @@ class _Stages:
         self._store = store
         self._links = links
         self._selection = Selection(config)
-        self._encode = encoder(config)
+        self._encoder = encoder(config)
 
     def build(self) -> list[Stage]:
         networks = [("denoise", self._denoise), ("decode", self._decode), ("score", self._score)]
         rest = [
             Stage("select", self._select),
-            Stage("encode", self._encode, self._scope),
+            Stage("encode", self._encode, torch.inference_mode),
             Stage("write", self._assembly.add),
         ]
         if self._chain.device.type == "cuda":
@@ -146,11 +146,7 @@ class _Stages:
 
     @contextmanager
     def _scope(self) -> Iterator[None]:
-        device = self._chain.device
-        stream: AbstractContextManager[Any] = (
-            torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
-        )
-        with torch.inference_mode(), stream:
+        with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(self._chain.device)):
             yield
 
     def _denoise(self, batch: _Batch) -> None:
@@ -164,7 +160,7 @@ class _Stages:
         assert batch.latents is not None
         assert batch.pixels is not None
         scored = self._chain.score(batch.items, batch.latents, batch.pixels)
-        batch.scored = scored if self._encode.on_device else _to_host(scored)
+        batch.scored = scored if self._encoder.on_device else _to_host(scored)
 
     def _select(self, batch: _Batch) -> list[Chosen]:
         assert batch.scored is not None
@@ -173,6 +169,10 @@ class _Stages:
         self.images += len(chosen)
         self._links.progress(len(chosen), shares_of(_times(self.pipeline, 1.0)[1]))
         return chosen
+
+    def _encode(self, chosen: list[Chosen]) -> list[Encoded]:
+        files = self._encoder([image.made.pixels for image in chosen])
+        return list(zip(chosen, files, strict=True))
 
     def _judge(self, made: Iterable[tuple[Item, Made]]) -> tuple[list[Chosen], list[Item]]:
         """An image that ends the run leaves its draws in a file of its own: its shard, which would hold them, is not

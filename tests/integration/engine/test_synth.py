@@ -249,6 +249,22 @@ def test_audit_renders_again_and_finds_what_was_changed(
     assert not changed.passed
 
 
+def test_audit_encodes_as_the_run_did(config: SynthConfig, tmp_path: Path) -> None:
+    """The manifest is made to tell of a run on a GPU, once with each of its encoders."""
+    jpegs = dataclasses.replace(config, out=str(tmp_path / "jpegs"), format="jpg", per_class=1)
+    synthesise(jpegs)
+    assert audit(jpegs.out).same_bytes == 5
+    file = tmp_path / "jpegs" / "manifest.json"
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    manifest["config"] |= {"device": "cuda", "encoder": "cpu"}
+    file.write_text(json.dumps(manifest), encoding="utf-8")
+    assert audit(jpegs.out).same_bytes == 5
+    manifest["config"]["encoder"] = "auto"
+    file.write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(UserError, match=r"--device cpu: nvjpeg encoded .*; audit it with --device cuda"):
+        audit(jpegs.out)
+
+
 def test_prompts_of_classes_can_be_replaced(config: SynthConfig, dataset: Path, tmp_path: Path) -> None:
     overrides = tmp_path / "prompts.tsv"
     overrides.write_text("crane\tcrane, a bird", encoding="utf-8")

@@ -1,17 +1,20 @@
 """Worker processes that are killed: `python dying_workers.py ROOT`.
 
 One worker is killed after its first shard; two continue, of which one kills itself when it has denoised two batches and
-another takes its place. Then a run all of whose workers kill themselves at once, and one whose parts continue what one
-worker began. Prints one JSON object: what was said, and how the runs ended. ROOT gets `engine`, and a directory for
-each run.
+another takes its place. Then a run one of whose workers kills itself when it has asked for a shard and is not answered
+yet, one all of whose workers kill themselves at once, and one whose parts continue what one worker began. Prints one
+JSON object: what was said, and how the runs ended. ROOT gets `engine`, and a directory for each run.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -19,10 +22,11 @@ from killed_runs import FromIdentities, config, no_engine
 
 from ubgen.errors import UserError
 from ubgen.synth import SynthConfig, Watch, synthesise
+from ubgen.synth.generator import Scored
 from ubgen.synth.plan import Item
 
 ROOT = Path(sys.argv[1])
-ENGINE, DEAD = ROOT / "engine", ROOT / "dead"
+ENGINE, DEAD, ASKED = ROOT / "engine", ROOT / "dead", ROOT / "dead-asked"
 
 
 def kill_me() -> None:
@@ -46,6 +50,40 @@ class DiesOnce(FromIdentities):
         return super().denoise(items)
 
 
+class DiesWaiting(FromIdentities):
+    """The first worker that has made a batch, two seconds after its last: it has asked for a shard and got none."""
+
+    lanes = 1
+
+    def __init__(self) -> None:
+        self._death: threading.Timer | None = None
+
+    def score(self, items: Sequence[Item], latents: torch.Tensor, pixels: torch.Tensor) -> Scored:
+        if self._death:
+            self._death.cancel()
+        else:
+            try:
+                ASKED.touch(exist_ok=False)
+            except FileExistsError:
+                return super().score(items, latents, pixels)
+        self._death = threading.Timer(2.0, kill_me)
+        self._death.start()
+        return super().score(items, latents, pixels)
+
+
+class Deaf:
+    """Hears of the first images, and then of nothing until a worker is dead."""
+
+    heard = False
+
+    def progress(self, done: int, total: int) -> None:
+        if done and not self.heard:
+            self.heard = True
+            workers = {worker.sentinel: worker for worker in multiprocessing.active_children()}
+            for dead in wait(list(workers)):
+                workers[dead].join()  # type: ignore[index]
+
+
 def whole(*_: object) -> FromIdentities:
     return FromIdentities()
 
@@ -57,6 +95,10 @@ def dies_once(*_: object) -> FromIdentities:
 def dies_at_once(*_: object) -> FromIdentities:
     kill_me()
     raise AssertionError("still there")
+
+
+def dies_waiting(*_: object) -> FromIdentities:
+    return DiesWaiting()
 
 
 def begin(settings: SynthConfig) -> None:
@@ -84,6 +126,10 @@ def main() -> None:
     begin(parts)
     ended = [synthesise(replace(parts, executor="static", part=f"{i}/2"), chain=whole) for i in (1, 2)]
 
+    unanswered: list[str] = []
+    asking = replace(config(ROOT / "unanswered", ENGINE), workers=2)
+    synthesise(asking, Watch(progress=Deaf().progress, say=unanswered.append), dies_waiting)
+
     hopeless: list[str] = []
     try:
         dying = replace(config(ROOT / "hopeless", ENGINE), workers=2)
@@ -98,6 +144,7 @@ def main() -> None:
                 "made": result.made,
                 "of": result.images,
                 "complete": complete,
+                "unanswered": unanswered,
                 "hopeless": hopeless,
             }
         )

@@ -48,6 +48,12 @@ def test_a_killed_worker_is_replaced_and_two_continue_what_one_began(
     assert dataset_bytes(root / "replaced") == dataset_bytes(root / "undisturbed")
 
 
+def test_one_that_dies_before_it_is_answered_is_replaced(told: dict[str, Any], root: Path) -> None:
+    (line,) = told["unanswered"]
+    assert re.fullmatch(r"worker [12] died \(status -9\); its [1-9] shards are begun again", line)
+    assert dataset_bytes(root / "unanswered") == dataset_bytes(root / "undisturbed")
+
+
 def test_parts_continue_what_one_worker_began(told: dict[str, Any], root: Path) -> None:
     assert told["complete"] == [False, True]
     assert dataset_bytes(root / "parts") == dataset_bytes(root / "undisturbed")

@@ -2,8 +2,9 @@
 
 import io
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from ubgen.dataset import is_marked_synthetic, open_dataset, open_store
 from ubgen.dataset.verify import verify
-from ubgen.synth import SynthConfig, synthesise
+from ubgen.synth import SynthConfig, audit, synthesise
+from ubgen.synth.encode import NvjpegEncoder
 from ubgen.synth.generator import Scored
 from ubgen.synth.plan import Item
 
@@ -85,6 +87,41 @@ def test_nvjpeg_writes_the_same_pictures(settings: Settings, stand_ins: ModuleTy
         gaps = [np.abs(_pixels(file) - _pixels(exact.encoded(i)[0])).mean() for i, file in enumerate(files)]
         errors[encoder] = float(np.mean(gaps))
     assert errors["nvjpeg"] < 2 * errors["cpu"] + 0.5
+
+
+def test_nvjpeg_takes_images_from_any_stream() -> None:
+    """Each caller has a stream of its own, which is still at work on the images."""
+    encode = NvjpegEncoder()
+    wanted = torch.randint(256, (512, 512, 3), dtype=torch.uint8, device="cuda")
+    (right,) = encode([wanted])
+    for _ in range(3):
+        image = torch.zeros_like(wanted)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            _busy()
+            image.copy_(wanted)
+            assert encode([image, image]) == [right, right]
+
+
+@pytest.mark.parametrize("name", ["cpu", "nvjpeg"])
+def test_runs_in_one_process_write_the_same_files_and_pass_the_audit(
+    settings: Settings, stand_ins: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    class Renders(type(on_gpu(stand_ins))):  # type: ignore[misc]
+        def make(self, items: Sequence[Item]) -> Any:
+            latents = self.denoise(items)
+            return self.score(items, latents, self.decode(latents)).rows(len(items))
+
+    configs = [settings(tmp_path / str(i), encoder=name, device="cuda") for i in range(3)]
+    for config in configs:
+        synthesise(config, chain=lambda *_: Renders())
+    first = shards(tmp_path / "0")
+    assert all(shards(Path(config.out)) == first for config in configs)
+    module = import_module("ubgen.synth.audit")  # the package's own `audit` is the function
+    monkeypatch.setattr(module, "load", lambda *_, **__: SimpleNamespace(key="sha256:none"))
+    monkeypatch.setattr(module, "Generator", lambda *_: Renders())
+    found = audit(tmp_path / "0", sample=60, device="cuda")
+    assert (found.samples, found.same_bytes, found.largest) == (60, 60, 0)
 
 
 def _pixels(file: bytes) -> np.ndarray:

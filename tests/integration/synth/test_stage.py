@@ -1,9 +1,12 @@
 """The stage around the networks: where it writes, who may write there, and names that mean harm."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -227,6 +230,72 @@ def test_the_manifest_tells_of_all_parts(
     assert set(open_store(str(out)).names()) == set(open_store(undisturbed).names()) - (
         {".lock"} if where == "s3" else set()
     )
+
+
+HOLD = """
+import sys
+from ubgen.locks import hold
+from ubgen.storage import open_store
+with hold(open_store(sys.argv[1]), shared=sys.argv[2] == "local"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_part_waits_for_another_and_takes_over_when_it_dies(
+    settings: Settings,
+    stand_ins: ModuleType,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    url: str,
+) -> None:
+    """The other is a process that holds the directory from when this part has begun, for a minute as this one sees it,
+    and then is killed."""
+    out = url if where == "s3" else str(tmp_path / "out")
+    if where == "local":  # the client of object storage needs the time as it is
+        start, clock = time.monotonic(), time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: start + 20 * (clock() - start))
+    others: list[subprocess.Popen[bytes]] = []
+
+    def networks(*_: object) -> Any:
+        command = [sys.executable, "-c", HOLD, out, where]
+        others.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        assert others[0].stdout.readline() == b"held\n"  # type: ignore[union-attr]
+        return stand_ins.FromIdentities()
+
+    with ThreadPoolExecutor(1) as pool:
+        part = pool.submit(synthesise, settings(out, executor="static", part="1/1"), chain=networks)
+        try:
+            while not part.done() and open_store(out).size("shard-000003.json") is None:
+                time.sleep(0.05)
+            with pytest.raises(TimeoutError):
+                part.result(timeout=3)
+        finally:
+            for other in others:
+                other.kill()
+                other.communicate()
+        assert part.result(timeout=60).complete
+    assert shards(out) == shards(undisturbed)
+    assert verify(out).problems == []
+
+
+def test_an_error_of_the_part_that_finishes_ends_it(
+    settings: Settings, stand_ins: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a directory in use is tried again: here a second try would do."""
+
+    def fail_once(*_: object) -> None:
+        monkeypatch.undo()
+        raise UserError("no pictures")
+
+    monkeypatch.setattr("ubgen.synth.finish.write_pictures", fail_once)
+    part = settings(tmp_path / "out", executor="static", part="1/1")
+    with pytest.raises(UserError, match="no pictures"):
+        make(part, stand_ins)
+    assert make(part, stand_ins).complete
 
 
 def test_accounts_count_until_the_dataset_is_finished(

@@ -1,6 +1,8 @@
 """Which images are kept, drawn again, flagged or given up, and what the ledger says of them."""
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,23 @@ def test_a_broken_attempt_is_worse_than_any_other() -> None:
     chosen, _ = draw(Selection(config(attempts=2)), made(broken="constant"), made(quality=1.0))
     assert chosen is not None
     assert chosen.flag == "quality"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_kept_one_outlives_its_batch(device: str) -> None:
+    """On a GPU other streams write to the batch's memory and read the image, while the one that copied it is busy."""
+    batch = torch.full((1, 512, 512, 3), 7, dtype=torch.uint8, device=device)
+    others = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
+    big = torch.ones(2048, 2048, device=device) if device == "cuda" else torch.ones(2, 2)
+    for _ in range(50):
+        big = big @ big / 2048
+    selection = Selection(config(attempts=2))
+    selection.judge([(FIRST, Made(batch[0], 0.2, 4.0))])
+    with others:
+        batch.zero_()
+        (chosen,), _ = selection.judge([(replace(FIRST, attempt=1), Made(batch[0], 0.1, 4.0))])
+        assert chosen.item == FIRST
+        assert (chosen.made.pixels == 7).all()
 
 
 def test_or_the_run_fails() -> None:

@@ -3,6 +3,7 @@
 import multiprocessing
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -91,7 +92,9 @@ class _Workers:
         except (EOFError, OSError):
             return self._died(worker)
         if kind == "take":
-            worker.pipe.send(self._leases.take(worker.name))
+            shard = self._leases.take(worker.name)
+            with suppress(ConnectionError):  # it died since: the pipe says so after what else it told
+                worker.pipe.send(shard)
         elif kind == "finished":
             self._deaths = 0
             self._leases.finish(worker.name, value)
