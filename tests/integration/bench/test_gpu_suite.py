@@ -49,11 +49,8 @@ def test_the_reduced_run_goes_through_every_part(tmp_path: Path) -> None:
     loops = {r["variant"] for r in parts["denoise"]["rows"] if r["kind"] == "loop"}
     assert {"eager", "compile"} < loops
     assert {r["network"] for r in parts["score"]["rows"]} == {"CLIP", "Q-Align"}
-    assert {r["variant"] for r in parts["train"]["rows"]} >= {
-        "sdpa, checkpointing on",
-        "sdpa, checkpointing off",
-        "sdpa, checkpointing on, LoRA never fused",
-    }
+    trained = {r["variant"] for r in parts["train"]["rows"]}
+    assert trained >= {"sdpa, checkpointing on", "sdpa, checkpointing off"}
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     for title in ("Native operations", "One guided UNet call, 2 images", "Decoder", "Scorers", "One update"):
         assert f"## {title}" in text

@@ -232,7 +232,10 @@ def launch(recipe: Path, outs: list[Path], *options: str) -> subprocess.Complete
     )
 
 
-@pytest.mark.parametrize(("features", "rise"), [("raw", None), ("centred", (0.0, 0.02))])
+@pytest.mark.parametrize(
+    ("features", "rise"),
+    [pytest.param("raw", None, marks=pytest.mark.slow), ("centred", (0.0, 0.02))],
+)
 def test_two_processes_end_where_one_does(
     features: str,
     rise: tuple[float, float] | None,
