@@ -1,6 +1,6 @@
 """Real inputs for the parity gate: prompts, denoising trajectories, their final latents, the decoded images."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,10 @@ from torch import Tensor
 from ubgen.classes import load_classes
 from ubgen.diffusion import StableDiffusion, initial_noise, sample, with_sampler
 from ubgen.errors import UserError
+from ubgen.export.compilers import Say
 from ubgen.export.networks import Exportable, TextEncoder, VaeDecoder
 from ubgen.export.spec import EngineSpec
 
-Say = Callable[[str], None]
 CHUNK = 4  # rows that PyTorch runs at a time: enough to be fast, and small beside the weights
 
 

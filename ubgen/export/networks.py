@@ -163,14 +163,17 @@ class Exportable:
 
     def input_specs(self, batch: BatchRange) -> tuple[TensorSpec, ...]:
         """As a real input shows them, with the batch free in its range."""
-        rows = Dim("batch", batch.min, batch.best, batch.max)
+        rows = _rows(batch)
         return tuple(_spec(n, t, 1 if n in self.constant else rows) for n, t in self.inputs[0].items())
 
     def signature(self, batch: BatchRange, output: Tensor | None = None) -> Signature:
         """`input_specs`, and the output as it is computed from a real input if it is not given."""
-        rows = Dim("batch", batch.min, batch.best, batch.max)
         result = self.reference(self.example(batch)) if output is None else output
-        return Signature(self.input_specs(batch), (_spec(self.output, result, rows),))
+        return Signature(self.input_specs(batch), (_spec(self.output, result, _rows(batch)),))
+
+
+def _rows(batch: BatchRange) -> Dim:
+    return Dim("batch", batch.min, batch.best, batch.max)
 
 
 def _spec(name: str, tensor: Tensor, rows: Dim | int) -> TensorSpec:

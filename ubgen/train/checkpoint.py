@@ -80,7 +80,7 @@ def _readable(checkpoint: Path, read: Callable[[], dict[str, Any]]) -> dict[str,
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise  # the disk's, and perhaps gone next time
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{checkpoint}: damaged checkpoint ({reason}); remove it to continue from an earlier one"
         ) from error

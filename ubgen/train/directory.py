@@ -21,7 +21,7 @@ _DIRECTORIES = (CHECKPOINTS, SAMPLES, TENSORBOARD)
 _FILES = (CLASSES_FILE, METRICS_FILE, LORA_FILE, DISCRIMINATOR_FILE)
 _OURS = {"networks", "classes", "processes"}  # of every record, and together of no other config.json
 # where networks and classes lie, while their content counts, and what no update sees: may change on the way
-_FREE = {"networks", "classes", "output"}
+_MAY_CHANGE = {"networks", "classes", "output"}
 
 
 def check_directory(out: Path, config: Mapping[str, Any], classes: ClassList, overwrite: bool) -> None:
@@ -91,7 +91,9 @@ def _lines(classes: ClassList) -> str:
 
 def _require_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any], classes_text: str) -> None:
     now = json.loads(json.dumps(new))
-    difference = first_difference({**old, **dict.fromkeys(_FREE)}, {**now, **dict.fromkeys(_FREE)})
+    difference = first_difference(
+        {**old, **dict.fromkeys(_MAY_CHANGE)}, {**now, **dict.fromkeys(_MAY_CHANGE)}
+    )
     if difference is None and (out / CLASSES_FILE).read_text(encoding="utf-8") != classes_text:
         difference = "the class list's content has changed"
     if difference is not None:
