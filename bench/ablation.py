@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from ubgen.config import load_recipe, to_dict
-from ubgen.manifest import MANIFEST
+from ubgen.core.config import load_recipe, to_dict
+from ubgen.core.stage import MANIFEST
 from ubgen.train import TrainConfig
 
 RUNS: dict[str, list[str] | None] = {

@@ -20,8 +20,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from ubgen.classes import load_classes
-from ubgen.config import load_recipe
+from ubgen.core.classes import load_classes
+from ubgen.core.config import load_recipe
 from ubgen.miniature.shapes import CLASSES
 from ubgen.miniature.world import biased_scene, fair_world, render_many
 from ubgen.rewards import Clip, draw_negatives, entire_alignment_loss

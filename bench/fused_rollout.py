@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.gpu_suite.sizes import FULL
 from ubgen.benchmark import Table, compare, machine_record
 from ubgen.benchmark.machine import describe
-from ubgen.classes import load_classes
-from ubgen.config import load_recipe
+from ubgen.core.classes import load_classes
+from ubgen.core.config import load_recipe
 from ubgen.diffusion import FusedTwin, add_lora
 from ubgen.train import TrainConfig
 from ubgen.train.players import load_players

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
-from ubgen.manifest import device_name
+from ubgen.core.stage import device_name
 from ubgen.ops import _native, group_norm_silu, guided_step, quantise, reference, resize_normalise
 
 RESULTS = Path(__file__).parent / "results"

@@ -25,13 +25,13 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from ubgen.config import resolve_path
+from ubgen.core.config import resolve_path
+from ubgen.core.stage import device_name
 from ubgen.export.flops import count_flops
 from ubgen.export.networks import Exportable
 from ubgen.export.onnx import export_onnx
 from ubgen.export.qalign_graph import QAlignScorer
 from ubgen.export.spec import BatchRange, NetworkSpec
-from ubgen.manifest import device_name
 from ubgen.rewards import QAlign, qalign_preprocess
 
 SEVEN_B: dict[str, Any] = json.loads(Path(__file__).with_name("qalign-7b.json").read_text(encoding="utf-8"))

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ubgen.core.stage import read_manifest
 from ubgen.dataset import encode_image
-from ubgen.manifest import read_manifest
 from ubgen.synth import SynthConfig, Watch, synthesise
 from ubgen.synth.generator import Scored
 from ubgen.synth.plan import Item

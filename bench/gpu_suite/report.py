@@ -7,7 +7,7 @@ from bench.gpu_suite.suite import Settings
 from ubgen.benchmark import Table
 from ubgen.benchmark.machine import describe
 from ubgen.benchmark.table import number
-from ubgen.manifest import atomic_write
+from ubgen.core.stage import atomic_write
 
 Content = dict[str, Any]
 GOAL_BATCH, GOAL_RATE, GOAL_EAGER, GOAL_COMPILE = 16, 0.60, 2.5, 1.4

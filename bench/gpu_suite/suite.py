@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.gpu_suite.sizes import FULL, TINY, Sizes
 from ubgen.benchmark import Timing
-from ubgen.manifest import atomic_write
+from ubgen.core.stage import atomic_write
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from bench.gpu_suite.ceilings import DTYPES
 from bench.gpu_suite.networks import random_unet
 from bench.gpu_suite.suite import Settings
 from bench.gpu_suite.tuned import TunedUNet, Tuning
-from ubgen.config import to_dict
+from ubgen.core.config import to_dict
 from ubgen.diffusion import sample_guided
 from ubgen.export.networks import UNet
 
@@ -246,7 +246,7 @@ class Denoiser:
 
 def build_engine(unet: Any, variant: Variant, settings: Settings) -> Any:
     """Compile `unet` (float32) with the compiler of `variant` and open the result. UserError where it can't be."""
-    from ubgen.errors import UserError
+    from ubgen.core.errors import UserError
     from ubgen.export.compilers import COMPILERS
     from ubgen.export.networks import Exportable
     from ubgen.export.precision import lower

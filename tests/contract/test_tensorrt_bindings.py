@@ -326,7 +326,7 @@ NO_GPU = """
 import sys, pathlib, warnings, tensorrt_bindings
 sys.modules["tensorrt"] = tensorrt_bindings
 import tensorrt as trt
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.export.compilers.tensorrt import Progress, build, refit
 from ubgen.runtime import tensorrt as runtime
 from ubgen.runtime.tensorrt import LOG, open_plan, why

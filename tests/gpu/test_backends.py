@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ubgen import probes
-from ubgen.errors import UserError
+from ubgen.core import probes
+from ubgen.core.errors import UserError
 from ubgen.export.compilers import COMPILERS
 from ubgen.export.networks import Exportable
 from ubgen.export.spec import BatchRange, NetworkSpec, Options

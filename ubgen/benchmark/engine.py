@@ -16,9 +16,9 @@ from ubgen.benchmark.peers import Peers, load_peers, missing_weights
 from ubgen.benchmark.table import Table, number
 from ubgen.benchmark.timing import Timing, compare
 from ubgen.benchmark.workload import Settings, Workload
-from ubgen.config import require_directory
-from ubgen.errors import UserError
-from ubgen.manifest import atomic_write, read_manifest
+from ubgen.core.config import require_directory
+from ubgen.core.errors import UserError
+from ubgen.core.stage import atomic_write, read_manifest
 from ubgen.runtime import load
 from ubgen.synth.generator import NETWORKS
 

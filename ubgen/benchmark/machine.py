@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ubgen.manifest import cpu_name, library_versions
+from ubgen.core.stage import cpu_name, library_versions
 
 _ENVIRONMENT = (
     "OMP_NUM_THREADS",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ubgen.config import resolve_path
+from ubgen.core.config import resolve_path
 from ubgen.diffusion import StableDiffusion, load_stable_diffusion, merge_lora, with_sampler
 from ubgen.export.hashes import CACHE, Hashes
 from ubgen.export.networks import ClipText, UNet, VaeDecoder

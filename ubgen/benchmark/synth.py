@@ -17,11 +17,11 @@ from ubgen.benchmark.machine import describe, machine_record
 from ubgen.benchmark.memory import peak_by_device
 from ubgen.benchmark.peers import load_peers, missing_weights
 from ubgen.benchmark.table import Table, number
-from ubgen.classes import load_classes
-from ubgen.config import require_directory
+from ubgen.core.classes import load_classes
+from ubgen.core.config import require_directory
+from ubgen.core.errors import UserError
+from ubgen.core.stage import atomic_write, read_manifest
 from ubgen.diffusion import initial_noise
-from ubgen.errors import UserError
-from ubgen.manifest import atomic_write, read_manifest
 from ubgen.runtime import Signature, load
 from ubgen.runtime.backends import parse_device
 from ubgen.synth import SynthConfig, synthesise

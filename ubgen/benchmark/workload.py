@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ubgen.classes import ClassList, load_classes
+from ubgen.core.classes import ClassList, load_classes
 from ubgen.diffusion import initial_noise, sample_guided
 from ubgen.runtime import EngineSet, Network, run_rows
 from ubgen.synth import SynthConfig

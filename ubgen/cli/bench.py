@@ -9,7 +9,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ubgen.benchmark import Table, bench_engine, bench_synth
-from ubgen.errors import run
+from ubgen.core.errors import run
 
 
 def engine(

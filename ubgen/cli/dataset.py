@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ubgen.core.errors import UserError, run
 from ubgen.dataset import open_dataset, open_store
 from ubgen.dataset.convert import Format
 from ubgen.dataset.convert import convert as convert_dataset
@@ -25,7 +26,6 @@ from ubgen.dataset.text import plain, score_titles
 from ubgen.dataset.verify import Verified
 from ubgen.dataset.verify import repair as take_damaged_away
 from ubgen.dataset.verify import verify as check
-from ubgen.errors import UserError, run
 from ubgen.synth import audit as render_again
 
 _DIFFERENT = 1  # exit status of `verify` for a damaged dataset, and of `diff` for different ones

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ubgen.errors import run
-from ubgen.probes import Probe, all_probes
+from ubgen.core.errors import run
+from ubgen.core.probes import Probe, all_probes
 
 
 def doctor(json_output: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:

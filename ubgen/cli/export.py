@@ -7,8 +7,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ubgen.config import shipped_engine_specs
-from ubgen.errors import UserError, run
+from ubgen.core.config import shipped_engine_specs
+from ubgen.core.errors import UserError, run
 from ubgen.export import EngineSpec, Exported, Planned, export_engine, load_spec, plan_export, why_not
 from ubgen.export.report import JSON, PICTURES, TABLE
 

@@ -13,12 +13,12 @@ import tyro
 from PIL import Image
 from rich.console import Console
 
-from ubgen.classes import load_classes
-from ubgen.config import load_recipe
+from ubgen.core.classes import load_classes
+from ubgen.core.config import load_recipe
+from ubgen.core.errors import UserError, run
+from ubgen.core.stage import MANIFEST
 from ubgen.dataset import encode_image, open_dataset
 from ubgen.diffusion import load_stable_diffusion
-from ubgen.errors import UserError, run
-from ubgen.manifest import MANIFEST
 from ubgen.miniature.measure import WEIGHTS, Judge, generate, table
 from ubgen.train import TrainConfig
 

@@ -3,7 +3,7 @@
 import tyro
 from rich.console import Console
 
-from ubgen.errors import run
+from ubgen.core.errors import run
 from ubgen.synth import SynthConfig, Synthesised, synthesise
 from ubgen.synth.progress import shares_text, watching
 

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from ubgen.config import load_recipe
-from ubgen.errors import UserError, run
+from ubgen.core.config import load_recipe
+from ubgen.core.errors import UserError, run
 from ubgen.train import TrainConfig, train
 
 

@@ -1,5 +1,6 @@
 """The dataset format: WebDataset tar shards with a sidecar each, written once, read by index or in order."""
 
+from ubgen.core.files import Store, open_store
 from ubgen.dataset.card import CardFacts, write_card, write_classes
 from ubgen.dataset.croissant import write_croissant
 from ubgen.dataset.index import index_of
@@ -16,7 +17,6 @@ from ubgen.dataset.shards import (
     shard_name,
 )
 from ubgen.dataset.stats import dataset_stats
-from ubgen.storage import Store, open_store
 
 __all__ = [
     "CardFacts",

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ubgen.core.errors import UserError
+from ubgen.core.files import Store, open_store
 from ubgen.dataset.text import escape, plain, score_titles
-from ubgen.errors import UserError
-from ubgen.storage import Store, open_store
 
 CLASSES = "classes.json"
 CARD = "README.md"

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ubgen.core.errors import UserError
+from ubgen.core.files import Store, open_store
+from ubgen.core.stage import MANIFEST, stage_directory
 from ubgen.dataset.card import CARD, CLASSES, read_classes, write_classes
 from ubgen.dataset.formats import Layout, Sample, layout
 from ubgen.dataset.reader import open_dataset
 from ubgen.dataset.shards import ShardInfo
 from ubgen.dataset.stats import read_sidecar
 from ubgen.dataset.tars import read_samples, scan_labels
-from ubgen.errors import UserError
-from ubgen.manifest import MANIFEST, stage_directory
-from ubgen.storage import Store, open_store
 
 Format = Literal["folder", "parquet", "webdataset"]
 Progress = Callable[[int, int], None]

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ubgen import __version__
+from ubgen.core.files import Store, open_store
 from ubgen.dataset.card import CLASSES, SYNTHETIC, CardFacts
 from ubgen.dataset.shards import ShardInfo, finished_shards
 from ubgen.dataset.stats import read_sidecar
 from ubgen.dataset.text import plain
-from ubgen.storage import Store, open_store
 
 CROISSANT = "croissant.json"
 SAMPLES = "samples.csv"

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ubgen.core.errors import UserError
+from ubgen.core.files import Store
 from ubgen.dataset.reader import ShardDataset, open_dataset
 from ubgen.dataset.shards import ShardInfo
 from ubgen.dataset.stats import read_sidecar
-from ubgen.errors import UserError
-from ubgen.storage import Store
 
 _NOT_SCORES = {"key", "class_index", "image", "cls", "json", "flag"}
 _LISTED = 20

@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ubgen.core.errors import UserError
+from ubgen.core.files import Store, open_store
 from ubgen.dataset.card import CARD
 from ubgen.dataset.shards import ShardWriter, finished_shard, shard_name
 from ubgen.dataset.stats import number
 from ubgen.dataset.tars import TarSample
 from ubgen.dataset.text import SCORES, plain, safe_names
-from ubgen.errors import UserError
-from ubgen.storage import Store, open_store
 
 _ROW_GROUP = 100  # images; what Hugging Face writes, so that a reader fetches some megabytes at a time
 _OWN = {*SCORES, "class_index", "flag"}

@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from ubgen.core.files import Store, open_store
 from ubgen.dataset.charts import draw_charts
 from ubgen.dataset.metadata import XMP
 from ubgen.dataset.reader import ShardDataset
 from ubgen.dataset.stats import dataset_stats
 from ubgen.dataset.text import plain, safe_names, score_titles
-from ubgen.storage import Store, open_store
 
 SHEET = "contact-sheet.png"
 SHEETS = "contact-sheets"

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ubgen.core.errors import UserError
+from ubgen.core.files import Store, open_store
+from ubgen.core.stage import MANIFEST, read_manifest
 from ubgen.dataset.card import read_classes
 from ubgen.dataset.shards import ShardInfo, finished_shards
-from ubgen.errors import UserError
-from ubgen.manifest import MANIFEST, read_manifest
-from ubgen.storage import Store, open_store
 
 
 class Sample(NamedTuple):

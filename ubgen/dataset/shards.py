@@ -24,11 +24,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from ubgen.core.errors import UserError
+from ubgen.core.files import Store, open_store
 from ubgen.dataset.index import index_line, index_text
 from ubgen.dataset.metadata import mark_synthetic
 from ubgen.dataset.tar import BLOCK, archive_end, member, padded
-from ubgen.errors import UserError
-from ubgen.storage import Store, open_store
 
 JPEG_QUALITY = 95
 EXTENSIONS = ("jpg", "png")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ubgen.core.errors import UserError
 from ubgen.dataset.reader import ShardDataset
 from ubgen.dataset.shards import ShardInfo
-from ubgen.errors import UserError
 
 BINS = 50
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
-from ubgen.errors import UserError
-from ubgen.storage import Store
+from ubgen.core.errors import UserError
+from ubgen.core.files import Store
 
 IMAGES = {"jpg": b"\xff\xd8\xff", "jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
 _LARGEST = {"cls": 64, "json": 1 << 24}

@@ -15,15 +15,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from ubgen.core.errors import UserError
+from ubgen.core.files import Store, open_store
+from ubgen.core.locks import hold
+from ubgen.core.stage import MANIFEST
 from ubgen.dataset.card import read_classes
 from ubgen.dataset.index import index_of
 from ubgen.dataset.shards import ShardInfo, finished_shards, shard_files, shard_name
 from ubgen.dataset.stats import read_sidecar
 from ubgen.dataset.tar import BLOCK, padded
-from ubgen.errors import UserError
-from ubgen.locks import hold
-from ubgen.manifest import MANIFEST
-from ubgen.storage import Store, open_store
 
 REJECTIONS = "rejections.jsonl"
 RUN = "run.json"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ubgen.errors import UserError
-from ubgen.manifest import atomic_write
+from ubgen.core.errors import UserError
+from ubgen.core.stage import atomic_write
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LAYERS = {

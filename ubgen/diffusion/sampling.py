@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ubgen.core.errors import UserError
 from ubgen.diffusion.schedule import Call, schedule
-from ubgen.errors import UserError
 from ubgen.ops import guided_step
 
 Network = Callable[[Tensor, Tensor, Tensor], Any]

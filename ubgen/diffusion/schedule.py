@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 
 SD15 = {
     "num_train_timesteps": 1000,

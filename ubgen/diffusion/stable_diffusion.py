@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def with_sampler(scheduler: Any, name: str) -> Any:
 
 
 def _root(path: str | Path) -> Path:
-    from ubgen.config import resolve_path
+    from ubgen.core.config import resolve_path
 
     root = resolve_path(path)
     for name in ("unet", "vae", "text_encoder", "scheduler"):

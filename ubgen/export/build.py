@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ubgen.classes import load_classes
-from ubgen.config import to_dict
+from ubgen.core.classes import load_classes
+from ubgen.core.config import to_dict
+from ubgen.core.errors import UserError
+from ubgen.core.stage import held_directory, read_manifest
 from ubgen.diffusion import StableDiffusion, load_stable_diffusion, merge_lora
-from ubgen.errors import UserError
 from ubgen.export.chain import ChainRow, Images, compare_chains, run_chain
 from ubgen.export.gate import Candidate, open_network, pass_gate
 from ubgen.export.hashes import CACHE, Hashes
@@ -27,7 +28,6 @@ from ubgen.export.report import write_report
 from ubgen.export.sources import engine_parts, exporter, lora_file, network_keys, weight_directories
 from ubgen.export.spec import EngineSpec, NetworkSpec
 from ubgen.export.store import Built, Store
-from ubgen.manifest import held_directory, read_manifest
 from ubgen.rewards import Clip, QAlign
 from ubgen.runtime import Network, Signature
 from ubgen.runtime.key import first_difference, json_hash

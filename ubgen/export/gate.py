@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ubgen.config import to_dict
-from ubgen.errors import UserError
+from ubgen.core.config import to_dict
+from ubgen.core.errors import UserError
 from ubgen.export.compilers import COMPILERS, FROM_ONNX, Say
 from ubgen.export.mend import offending_layers
 from ubgen.export.networks import Exportable

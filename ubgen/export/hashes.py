@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from ubgen.manifest import atomic_write, content_hash, file_digest
+from ubgen.core.stage import atomic_write, content_hash, file_digest
 
 CACHE = ".hashes.json"
 _SMALL = 16 * 2**20  # bytes: hashing fewer takes no time

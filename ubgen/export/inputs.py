@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ubgen.classes import load_classes
+from ubgen.core.classes import load_classes
+from ubgen.core.errors import UserError
 from ubgen.diffusion import StableDiffusion, initial_noise, sample, with_sampler
-from ubgen.errors import UserError
 from ubgen.export.compilers import Say
 from ubgen.export.networks import Exportable, TextEncoder, VaeDecoder
 from ubgen.export.spec import EngineSpec

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from ubgen import probes
-from ubgen.errors import UserError
+from ubgen.core import probes
+from ubgen.core.errors import UserError
+from ubgen.core.probes import Probe
 from ubgen.export.compilers.tensorrt_operators import OLDEST_FOR_OPSET_23
 from ubgen.export.spec import EngineSpec, NetworkSpec
-from ubgen.probes import Probe
 from ubgen.runtime.backends import backend
 
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ubgen.errors import UserError
-from ubgen.manifest import MANIFEST, atomic_write
+from ubgen.core.errors import UserError
+from ubgen.core.stage import MANIFEST, atomic_write
 
 MARK = "export.json"
 """Written first: what is built here. It tells an unfinished engine from a directory of somebody else."""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ubgen.config import require_directory
-from ubgen.errors import UserError
+from ubgen.core.config import require_directory
+from ubgen.core.errors import UserError
 from ubgen.export.activations import peak_activations
 from ubgen.export.flops import count_flops
 from ubgen.export.hashes import CACHE, Hashes

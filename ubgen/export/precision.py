@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.export.spec import Precision
 
 DTYPES: dict[Precision, torch.dtype] = {

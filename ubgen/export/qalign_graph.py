@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.rewards import QAlign, qalign_preprocess
 from ubgen.rewards.qalign_model import DecoderLayer, Multiway
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ubgen.core.stage import atomic_write
 from ubgen.export.chain import ChainRow, Images
 from ubgen.export.parity import ParityRow
-from ubgen.manifest import atomic_write
 
 JSON, TABLE, PICTURES = "parity.json", "parity.md", "parity.png"
 _TILE = 192  # pixels: larger images are shown smaller

@@ -5,11 +5,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ubgen.config import require_directory, to_dict
+from ubgen.core.config import require_directory, to_dict
+from ubgen.core.errors import UserError
+from ubgen.core.stage import MANIFEST, content_hash, library_versions, read_manifest
 from ubgen.diffusion import LORA_FILE
-from ubgen.errors import UserError
 from ubgen.export.spec import EngineSpec, NetworkSpec
-from ubgen.manifest import MANIFEST, content_hash, library_versions, read_manifest
 from ubgen.runtime.key import json_hash, key_parts
 
 FAMILY = {

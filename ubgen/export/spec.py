@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ubgen.config import engine_spec_path, from_dict, read_toml, to_dict
-from ubgen.errors import UserError
+from ubgen.core.config import engine_spec_path, from_dict, read_toml, to_dict
+from ubgen.core.errors import UserError
 
 Compiler = Literal["onnxruntime", "aotinductor", "tensorrt", "torch_tensorrt"]
 Precision = Literal["float32", "float16", "bfloat16", "float8"]

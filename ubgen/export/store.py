@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ubgen.errors import UserError
-from ubgen.manifest import atomic_write, read_manifest
+from ubgen.core.errors import UserError
+from ubgen.core.stage import atomic_write, read_manifest
 
 _STAGING = ".building"
 

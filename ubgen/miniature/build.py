@@ -19,8 +19,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from ubgen.config import to_dict
-from ubgen.errors import UserError, run
+from ubgen.core.config import to_dict
+from ubgen.core.errors import UserError, run
 from ubgen.miniature import card, networks
 from ubgen.miniature.train_generator import Budget, train_denoiser, train_vae
 from ubgen.miniature.train_scorers import train_clip, train_oracle, train_qalign

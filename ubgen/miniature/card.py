@@ -8,9 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ubgen.classes import load_classes
+from ubgen.core.classes import load_classes
+from ubgen.core.stage import atomic_write
 from ubgen.diffusion import StableDiffusion, decode, load_stable_diffusion
-from ubgen.manifest import atomic_write
 from ubgen.miniature.measure import Judge, Measures, contact_sheet, generate
 from ubgen.miniature.shapes import CLASSES, TRAIN_CLASSES
 from ubgen.miniature.train_generator import encode_images

@@ -22,8 +22,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ubgen.classes import load_classes
-from ubgen.config import require_directory, resolve_path
+from ubgen.core.classes import load_classes
+from ubgen.core.config import require_directory, resolve_path
+from ubgen.core.errors import UserError, run
 from ubgen.diffusion import (
     StableDiffusion,
     decode,
@@ -33,7 +34,6 @@ from ubgen.diffusion import (
     load_stable_diffusion,
     sample,
 )
-from ubgen.errors import UserError, run
 from ubgen.miniature.networks import Oracle
 from ubgen.miniature.shapes import CLASSES
 from ubgen.miniature.world import SCENES, biased_scene

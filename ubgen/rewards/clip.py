@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ubgen.config import require_directory
-from ubgen.errors import UserError
+from ubgen.core.config import require_directory
+from ubgen.core.errors import UserError
 from ubgen.rewards.preprocess import CLIP_MEAN, CLIP_STD, clip_preprocess
 
 CONFIG = "open_clip_config.json"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 
 GanLoss = Literal["nonsaturating", "saturating"]
 Logits = Callable[[Tensor], Tensor]  # (B, D) features -> (B, 1) logits; a Discriminator

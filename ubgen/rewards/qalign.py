@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ubgen.config import resolve_path
-from ubgen.errors import UserError
+from ubgen.core.config import resolve_path
+from ubgen.core.errors import UserError
 from ubgen.rewards.preprocess import qalign_preprocess
 from ubgen.rewards.qalign_config import QAlignConfig
 from ubgen.rewards.qalign_model import MultimodalDecoder

@@ -3,7 +3,7 @@
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 
 # "USER: How would you rate the quality of this image?\n<image>\nASSISTANT: The quality of the image is", in
 # ids of the LLaMA tokenizer; -200 stands for the image. Constants, so that no tokenizer is needed at run time.

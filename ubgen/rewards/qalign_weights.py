@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 
 # a table that older library versions saved with the weights; we compute it
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")

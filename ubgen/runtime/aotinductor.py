@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.runtime.cuda_graphs import GraphedCalls, Inputs, Replay, Sizes, TorchGraph
 from ubgen.runtime.network import Network, Signature
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ubgen import probes
-from ubgen.errors import UserError
-from ubgen.probes import Probe
+from ubgen.core import probes
+from ubgen.core.errors import UserError
+from ubgen.core.probes import Probe
 from ubgen.runtime.network import Network, Signature
 
 Load = Callable[[str, Path, Signature, str, int, Mapping[str, Any]], Network]

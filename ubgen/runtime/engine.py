@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ubgen.errors import UserError
-from ubgen.manifest import read_manifest
+from ubgen.core.errors import UserError
+from ubgen.core.stage import read_manifest
 from ubgen.runtime.backends import backend
 from ubgen.runtime.key import check_engine
 from ubgen.runtime.network import Network, Signature

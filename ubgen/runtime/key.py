@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ubgen.errors import UserError
-from ubgen.manifest import content_hash
+from ubgen.core.errors import UserError
+from ubgen.core.stage import content_hash
 from ubgen.runtime.backends import compiler_version, device_architecture
 
 FORMAT = 2  # of the engine directory; raise it when an older one can no longer be read

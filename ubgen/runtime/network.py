@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 
 
 @dataclass(frozen=True)

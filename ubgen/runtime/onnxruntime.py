@@ -9,8 +9,8 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from ubgen.errors import UserError
-from ubgen.probes import GET_ONNXRUNTIME_GPU
+from ubgen.core.errors import UserError
+from ubgen.core.probes import GET_ONNXRUNTIME_GPU
 from ubgen.runtime.cache import cache_directory
 from ubgen.runtime.cuda_graphs import GraphedCalls, Inputs, Sizes
 from ubgen.runtime.network import Dim, Network, Signature

@@ -11,7 +11,7 @@ import tensorrt as trt
 import torch
 from torch import Tensor
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.runtime.cuda_graphs import GraphedCalls, Inputs, Replay, Sizes, TorchGraph
 from ubgen.runtime.network import Dim, Network, Signature, TensorSpec
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ubgen.classes import ClassList
-from ubgen.config import from_dict
+from ubgen.core.classes import ClassList
+from ubgen.core.config import from_dict
+from ubgen.core.errors import UserError
+from ubgen.core.stage import MANIFEST, read_manifest
 from ubgen.dataset import ShardDataset, Store, open_dataset, open_store
-from ubgen.errors import UserError
-from ubgen.manifest import MANIFEST, read_manifest
 from ubgen.runtime import load
 from ubgen.synth.checks import own_device
 from ubgen.synth.config import SynthConfig, check_device

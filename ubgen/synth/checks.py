@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.runtime import Signature
 from ubgen.runtime.key import check_engine
 from ubgen.synth.config import SynthConfig

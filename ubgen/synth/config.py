@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 
 _PART = re.compile(r"(\d+)/(\d+)")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")

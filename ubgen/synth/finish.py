@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ubgen.core.stage import read_manifest
 from ubgen.dataset import Store, open_dataset
 from ubgen.dataset.card import CardFacts, write_card
 from ubgen.dataset.croissant import write_croissant
 from ubgen.dataset.pictures import write_pictures
 from ubgen.dataset.stats import dataset_stats
-from ubgen.manifest import read_manifest
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.plan import LEDGER, Plan, exhausted_files
 

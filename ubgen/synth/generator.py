@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ubgen.classes import ClassList
-from ubgen.config import require_directory
+from ubgen.core.classes import ClassList
+from ubgen.core.config import require_directory
+from ubgen.core.errors import UserError
 from ubgen.diffusion import initial_noise, sample_guided
-from ubgen.errors import UserError
 from ubgen.runtime import Dim, EngineSet, Network, run_rows
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.plan import Item

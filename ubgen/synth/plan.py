@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ubgen.classes import ClassList
+from ubgen.core.classes import ClassList
+from ubgen.core.errors import UserError
+from ubgen.core.stage import MANIFEST
 from ubgen.dataset import Store, finished_shards, shard_files
-from ubgen.errors import UserError
-from ubgen.manifest import MANIFEST
 from ubgen.synth.accounts import account_files
 from ubgen.synth.config import SynthConfig
 

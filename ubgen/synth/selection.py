@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.plan import Item, identity_of
 

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ubgen.classes import load_classes
-from ubgen.config import to_dict
+from ubgen.core.classes import load_classes
+from ubgen.core.config import to_dict
+from ubgen.core.errors import UserError
+from ubgen.core.locks import InUse
+from ubgen.core.stage import MANIFEST, StageDirectory, read_manifest, stage_directory
 from ubgen.dataset import Store, open_store, write_classes
-from ubgen.errors import UserError
-from ubgen.locks import InUse
-from ubgen.manifest import MANIFEST, StageDirectory, read_manifest, stage_directory
 from ubgen.synth.accounts import Account, History, Record, account_files, leave, left, together
 from ubgen.synth.checks import check_fits, own_device
 from ubgen.synth.config import SynthConfig

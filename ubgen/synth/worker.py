@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ubgen.core.errors import UserError
 from ubgen.dataset import Store
-from ubgen.errors import UserError
 from ubgen.synth.accounts import Account, shares_of
 from ubgen.synth.assembly import Assembly, Encoded
 from ubgen.synth.config import SynthConfig

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from ubgen import probes
-from ubgen.errors import UserError
+from ubgen.core import probes
+from ubgen.core.errors import UserError
 
 
 def set_attention(unet: Any, wanted: str, device: torch.device, precision: str) -> str:

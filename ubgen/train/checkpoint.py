@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
+from ubgen.core.errors import UserError
+from ubgen.core.stage import atomic_write
 from ubgen.diffusion import LORA_FILE, restore_lora, save_lora
-from ubgen.errors import UserError
-from ubgen.manifest import atomic_write
 from ubgen.train.players import Players
 
 DISCRIMINATOR_FILE = "discriminator.safetensors"

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal
 
-from ubgen.config import to_dict
-from ubgen.errors import UserError
+from ubgen.core.config import to_dict
+from ubgen.core.errors import UserError
 
 _POSITIVE = (
     "batch_size",

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ubgen.classes import ClassList
+from ubgen.core.classes import ClassList
+from ubgen.core.errors import UserError
+from ubgen.core.stage import MANIFEST, atomic_write
 from ubgen.diffusion import LORA_FILE
-from ubgen.errors import UserError
-from ubgen.manifest import MANIFEST, atomic_write
 from ubgen.train.checkpoint import DISCRIMINATOR_FILE, list_checkpoints, remove_unfinished
 from ubgen.train.record import METRICS_FILE, TENSORBOARD
 

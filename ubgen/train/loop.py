@@ -10,11 +10,11 @@ from accelerate.utils import gather
 from rich.console import Console
 from torch import Tensor
 
-from ubgen.classes import ClassList, load_classes
-from ubgen.config import to_dict
-from ubgen.errors import UserError
-from ubgen.manifest import content_hash, held_directory
-from ubgen.storage import open_store
+from ubgen.core.classes import ClassList, load_classes
+from ubgen.core.config import to_dict
+from ubgen.core.errors import UserError
+from ubgen.core.files import open_store
+from ubgen.core.stage import content_hash, held_directory
 from ubgen.train.checkpoint import list_checkpoints, restore_checkpoint, save_checkpoint, save_players
 from ubgen.train.config import TrainConfig, validate
 from ubgen.train.directory import CHECKPOINTS, CLASSES_FILE, SAMPLES, check_directory, prepare_directory

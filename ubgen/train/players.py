@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ubgen.classes import ClassList
-from ubgen.config import require_directory, resolve_path
+from ubgen.core.classes import ClassList
+from ubgen.core.config import require_directory, resolve_path
+from ubgen.core.errors import UserError
 from ubgen.diffusion import (
     FusedTwin,
     StableDiffusion,
@@ -17,7 +18,6 @@ from ubgen.diffusion import (
     load_stable_diffusion,
     with_sampler,
 )
-from ubgen.errors import UserError
 from ubgen.rewards import Centre, Clip, Discriminator, QAlign
 from ubgen.train.attention import set_attention
 from ubgen.train.average import Average

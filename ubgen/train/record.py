@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
+from ubgen.core.stage import atomic_write
 from ubgen.diffusion import decode, initial_noise, sample, with_sampler
-from ubgen.manifest import atomic_write
 from ubgen.train.config import TrainConfig
 from ubgen.train.players import Players
 

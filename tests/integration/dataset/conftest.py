@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ubgen.core.stage import stage_directory
 from ubgen.dataset import (
     CardFacts,
     ShardWriter,
@@ -17,7 +18,6 @@ from ubgen.dataset import (
     write_classes,
     write_croissant,
 )
-from ubgen.manifest import stage_directory
 
 NAMES = ["tench, Tinca tinca", "crane", "crane", "../a/b\n\u202e<b>"]
 IDS = ["n01440764", "n02012849", "n03126707", "n09999999"]

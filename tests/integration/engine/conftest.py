@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ubgen.config import engine_spec_path
+from ubgen.core.config import engine_spec_path
 from ubgen.export import Exported, export_engine, load_spec
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"

@@ -11,7 +11,7 @@ import torch
 
 from ubgen.benchmark import bench_engine, bench_synth
 from ubgen.cli import bench
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.export import Exported, export_engine, load_spec
 
 PARTS = ["text_encoder", "unet", "vae_decoder", "clip_image", "clip_text", "qalign", "denoise", "chain"]

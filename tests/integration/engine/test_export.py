@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from ubgen import runtime
+from ubgen.core.errors import UserError
+from ubgen.core.stage import stage_directory
 from ubgen.diffusion import decode, encode_prompts, load_stable_diffusion, merge_lora
-from ubgen.errors import UserError
 from ubgen.export import Exported, export_engine, load_spec, plan_export
 from ubgen.export.compilers import COMPILERS
-from ubgen.manifest import stage_directory
 from ubgen.rewards import Clip, QAlign
 
 

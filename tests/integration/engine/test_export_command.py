@@ -11,9 +11,9 @@ import pytest
 
 from ubgen import runtime
 from ubgen.cli import export as command
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
+from ubgen.core.stage import MANIFEST
 from ubgen.export import Exported, export_engine, load_spec
-from ubgen.manifest import MANIFEST
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ubgen.classes import ClassList, load_classes
+from ubgen.core.classes import ClassList, load_classes
 from ubgen.dataset import open_dataset
 from ubgen.export import Exported
 from ubgen.runtime import EngineSet, Network, load

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ubgen import runtime
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
+from ubgen.core.stage import read_manifest
 from ubgen.export import Exported, ParityRow, export_engine, load_spec
-from ubgen.manifest import read_manifest
 
 LAYERS = ("decoder.mid_block.resnets.0.conv1", "decoder.mid_block.resnets.0.norm2")
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ubgen.core.errors import UserError
+from ubgen.core.stage import read_manifest, stage_directory
 from ubgen.dataset import open_dataset
 from ubgen.diffusion import decode, encode_prompts, initial_noise, load_stable_diffusion, merge_lora, sample
-from ubgen.errors import UserError
 from ubgen.export import Exported
-from ubgen.manifest import read_manifest, stage_directory
 from ubgen.rewards import Clip, QAlign
 from ubgen.synth import SynthConfig, Watch, audit, synthesise
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ubgen.core.probes import modelopt
 from ubgen.diffusion import load_stable_diffusion
 from ubgen.export import load_spec
 from ubgen.export.compilers.tensorrt_graph import onnx_graph
@@ -19,7 +20,6 @@ from ubgen.export.onnx import export_onnx
 from ubgen.export.parity import row_errors
 from ubgen.export.precision import lower
 from ubgen.export.spec import BatchRange, NetworkSpec
-from ubgen.probes import modelopt
 from ubgen.rewards import Clip, QAlign
 
 CASES = [

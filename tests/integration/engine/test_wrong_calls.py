@@ -11,9 +11,9 @@ import torch
 
 from ubgen.cli import dataset as dataset_command
 from ubgen.cli import synth as synth_command
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
+from ubgen.core.stage import read_manifest
 from ubgen.export import Exported
-from ubgen.manifest import read_manifest
 from ubgen.synth import SynthConfig, synthesise
 
 Called = tuple[int, str, str]

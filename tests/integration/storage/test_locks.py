@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from ubgen import locks
+from ubgen.core import locks
+from ubgen.core.errors import UserError
+from ubgen.core.stage import stage_directory
 from ubgen.dataset import open_store
-from ubgen.errors import UserError
-from ubgen.manifest import stage_directory
 
 HOLD = """
 import sys
-from ubgen.manifest import stage_directory
+from ubgen.core.stage import stage_directory
 with stage_directory(sys.argv[1], "synth", {}):
     print("held", flush=True)
     sys.stdin.read()

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from ubgen import storage
+from ubgen.core.errors import UserError
+from ubgen.core.stage import read_manifest, stage_directory
 from ubgen.dataset import (
     LabelledImages,
     ShardWriter,
@@ -21,8 +23,6 @@ from ubgen.dataset import (
     open_store,
     write_classes,
 )
-from ubgen.errors import UserError
-from ubgen.manifest import read_manifest, stage_directory
 
 NAMES = ["ant", "../bee", "crane\n"]
 

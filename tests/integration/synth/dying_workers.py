@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from killed_runs import FromIdentities, config, no_engine
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.synth import SynthConfig, Watch, synthesise
 from ubgen.synth.generator import Scored
 from ubgen.synth.plan import Item

@@ -14,8 +14,8 @@ from pathlib import Path
 from killed_runs import FromIdentities, config
 from ray.cluster_utils import Cluster
 
+from ubgen.core.errors import run
 from ubgen.dataset import finished_shards
-from ubgen.errors import run
 from ubgen.synth import synthesise
 
 ROOT = Path(sys.argv[1])

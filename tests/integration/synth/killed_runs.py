@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from ubgen.core.stage import MANIFEST
 from ubgen.diffusion import initial_noise
-from ubgen.manifest import MANIFEST
 from ubgen.synth import SynthConfig, synthesise
 from ubgen.synth.generator import Scored
 from ubgen.synth.plan import Item

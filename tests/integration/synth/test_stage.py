@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from ubgen.core.errors import UserError
+from ubgen.core.stage import read_manifest
 from ubgen.dataset import is_marked_synthetic, open_dataset, open_store
 from ubgen.dataset.verify import verify
-from ubgen.errors import UserError
-from ubgen.manifest import read_manifest
 from ubgen.synth import SynthConfig, synthesise
 from ubgen.synth.accounts import account_files
 from ubgen.synth.plan import Item
@@ -234,8 +234,8 @@ def test_the_manifest_tells_of_all_parts(
 
 HOLD = """
 import sys
-from ubgen.locks import hold
-from ubgen.storage import open_store
+from ubgen.core.locks import hold
+from ubgen.core.files import open_store
 with hold(open_store(sys.argv[1]), shared=sys.argv[2] == "local"):
     print("held", flush=True)
     sys.stdin.read()

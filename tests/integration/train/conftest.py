@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
-from ubgen.config import to_dict
+from ubgen.core.config import to_dict
 from ubgen.rewards import QAlign
 from ubgen.train import (
     DiscriminatorConfig,

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ubgen.cli.train import parse
-from ubgen.errors import UserError, run
+from ubgen.core.errors import UserError, run
 from ubgen.train import TrainConfig, train
 
 Change = Callable[..., TrainConfig]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from ubgen import probes
+from ubgen.core import probes
 from ubgen.diffusion import LORA_FILE
 from ubgen.train import TrainConfig
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ubgen.core.errors import UserError
 from ubgen.diffusion import LORA_FILE
-from ubgen.errors import UserError
 from ubgen.train import TrainConfig, train
 from ubgen.train.checkpoint import DISCRIMINATOR_FILE
 

@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ubgen.classes import load_classes
+from ubgen.core.classes import load_classes
+from ubgen.core.errors import UserError
+from ubgen.core.stage import read_manifest, stage_directory
 from ubgen.diffusion import LORA_FILE, FusedTwin, load_lora, load_stable_diffusion, lora_parameters
-from ubgen.errors import UserError
-from ubgen.manifest import read_manifest, stage_directory
 from ubgen.rewards import Discriminator
 from ubgen.train import LossConfig, RolloutConfig, TrainConfig, train
 from ubgen.train.checkpoint import DISCRIMINATOR_FILE

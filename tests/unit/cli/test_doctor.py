@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from ubgen.core.probes import all_probes
 from ubgen.ops import native_status
-from ubgen.probes import all_probes
 
 
 def doctor(*arguments, **environment):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from ubgen.cli import export
-from ubgen.config import shipped_engine_specs
+from ubgen.core.config import shipped_engine_specs
 from ubgen.export import why_not
 
 

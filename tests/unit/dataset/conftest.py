@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ubgen.core.stage import stage_directory
 from ubgen.dataset import ShardWriter, write_classes
-from ubgen.manifest import stage_directory
 
 HOSTILE = [
     "a/b",

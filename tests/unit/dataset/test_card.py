@@ -10,10 +10,10 @@ from huggingface_hub import DatasetCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ubgen.core.errors import UserError
 from ubgen.dataset import CardFacts, dataset_stats, open_dataset, write_card
 from ubgen.dataset.card import card_text, licence_fields, read_classes
 from ubgen.dataset.text import escape, plain, safe_names
-from ubgen.errors import UserError
 
 FACTS = CardFacts(
     title="miniature",

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ubgen.core.errors import UserError
+from ubgen.core.locks import hold
 from ubgen.dataset import open_dataset, open_store
 from ubgen.dataset.convert import Format, convert
 from ubgen.dataset.formats import directory_names, unique_names
 from ubgen.dataset.verify import verify
-from ubgen.errors import UserError
-from ubgen.locks import hold
 
 Make = Callable[..., Path]
 FORMATS: tuple[Format, ...] = ("folder", "parquet", "webdataset")

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ubgen.core.errors import UserError
+from ubgen.core.stage import stage_directory
 from ubgen.dataset import LabelledImages, ShardWriter, finished_shard, open_dataset, write_classes
-from ubgen.errors import UserError
-from ubgen.manifest import stage_directory
 
 HOSTILE = [
     "a/b",

@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ubgen.core.errors import UserError
+from ubgen.core.stage import stage_directory
 from ubgen.dataset import (
     ShardWriter,
     encode_image,
@@ -30,8 +32,6 @@ from ubgen.dataset import (
     write_classes,
 )
 from ubgen.dataset.tar import BLOCK, archive_end, member
-from ubgen.errors import UserError
-from ubgen.manifest import stage_directory
 
 SCORES = st.dictionaries(st.sampled_from(["quality", "clip_similarity"]), st.floats())
 TEXTS = st.one_of(

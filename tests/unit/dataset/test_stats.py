@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ubgen.core.errors import UserError
 from ubgen.dataset import dataset_stats, open_dataset
-from ubgen.errors import UserError
 
 
 def test_figures_are_those_of_the_scores(tmp_path: Path, make: Callable[..., Path]) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from ubgen.core.errors import UserError
 from ubgen.dataset import ShardWriter
 from ubgen.dataset.verify import repair, verify
-from ubgen.errors import UserError
 
 Make = Callable[..., Path]
 

@@ -6,6 +6,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ubgen.core.errors import UserError
 from ubgen.diffusion import (
     LORA_FILE,
     FusedTwin,
@@ -17,7 +18,6 @@ from ubgen.diffusion import (
     merge_lora,
     save_lora,
 )
-from ubgen.errors import UserError
 
 INPUT = (torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), torch.randn(2, 16, 32))
 

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ubgen.core.errors import UserError
 from ubgen.diffusion import (
     FusedTwin,
     StableDiffusion,
@@ -17,7 +18,6 @@ from ubgen.diffusion import (
     rollout,
     sample,
 )
-from ubgen.errors import UserError
 
 
 def lora_gradients(

@@ -5,9 +5,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
+from ubgen.core.errors import UserError
 from ubgen.diffusion import draw_training_steps, sample, schedule, training_steps
 from ubgen.diffusion.schedule import SD15
-from ubgen.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "samplers"
 PEERS = {"pndm": PNDMScheduler, "ddim": DDIMScheduler, "ddpm": DDPMScheduler}

@@ -6,8 +6,8 @@ import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 
+from ubgen.core.errors import UserError
 from ubgen.diffusion import StableDiffusion, encode_prompts, load_stable_diffusion, schedule, with_sampler
-from ubgen.errors import UserError
 
 
 @pytest.fixture

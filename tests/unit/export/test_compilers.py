@@ -11,7 +11,8 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
+from ubgen.core.probes import modelopt
 from ubgen.export.compilers import COMPILERS
 from ubgen.export.compilers.float8 import calibration_rows, quantise
 from ubgen.export.compilers.program import one_line
@@ -19,7 +20,6 @@ from ubgen.export.compilers.tensorrt_graph import cast_images, onnx_graph
 from ubgen.export.compilers.tensorrt_operators import SUPPORTED, check_operators
 from ubgen.export.networks import Exportable
 from ubgen.export.spec import BatchRange, NetworkSpec
-from ubgen.probes import modelopt
 from ubgen.runtime import Network
 from ubgen.runtime.backends import BACKENDS
 

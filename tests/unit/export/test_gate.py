@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.export.compilers import COMPILERS
 from ubgen.export.gate import Candidate, pass_gate
 from ubgen.export.networks import Exportable

@@ -5,8 +5,8 @@ import os
 import time
 from pathlib import Path
 
+from ubgen.core.stage import content_hash
 from ubgen.export.hashes import Hashes
-from ubgen.manifest import content_hash
 
 LARGE = 17 * 2**20
 

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ubgen.config import engine_spec_path
-from ubgen.probes import Probe, at_least
+from ubgen.core.config import engine_spec_path
+from ubgen.core.probes import Probe, at_least
 
 PROGRAM = """
 import sys, torch

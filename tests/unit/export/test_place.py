@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ubgen.config import resolve_path
-from ubgen.errors import UserError
+from ubgen.core.config import resolve_path
+from ubgen.core.errors import UserError
+from ubgen.core.stage import stage_directory
 from ubgen.export import export_engine, load_spec, plan_export
 from ubgen.export.place import MARK, mark, require_place
-from ubgen.manifest import stage_directory
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ubgen.core.errors import UserError
 from ubgen.diffusion import load_stable_diffusion
-from ubgen.errors import UserError
 from ubgen.export import EngineSpec, export_engine, load_spec, plan_export
 from ubgen.export.activations import peak_activations
 from ubgen.export.networks import UNet, VaeDecoder

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.export.precision import lower, record_calls
 
 

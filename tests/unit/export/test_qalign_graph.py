@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ubgen.config import resolve_path
-from ubgen.errors import UserError
+from ubgen.core.config import resolve_path
+from ubgen.core.errors import UserError
 from ubgen.export.flops import count_flops
 from ubgen.export.networks import Exportable
 from ubgen.export.onnx import export_onnx

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ubgen.config import engine_spec_path, shipped_engine_specs
-from ubgen.errors import UserError
+from ubgen.core.config import engine_spec_path, shipped_engine_specs
+from ubgen.core.errors import UserError
 from ubgen.export import load_spec, why_not
 from ubgen.export.sources import weight_directories
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.miniature.build import BuildConfig, build, check
 from ubgen.miniature.train_generator import Budget
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ubgen.config import resolve_path
-from ubgen.errors import UserError
+from ubgen.core.config import resolve_path
+from ubgen.core.errors import UserError
 from ubgen.miniature import measure
 from ubgen.miniature.card import REQUIRED, spearman
 from ubgen.miniature.measure import (

@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from ubgen.classes import load_classes
+from ubgen.core.classes import load_classes
 from ubgen.miniature import quality
 from ubgen.miniature.shapes import CLASSES, NOVEL_CLASSES, TRAIN_CLASSES
 from ubgen.miniature.world import SCENES, Factors, biased_scene, biased_world, fair_world, render, render_many

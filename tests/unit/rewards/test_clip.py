@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.rewards import Clip, clip_preprocess
 
 CONFIG = {

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.rewards import (
     Centre,
     Discriminator,

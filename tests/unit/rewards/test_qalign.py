@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.rewards import QAlign, pad_to_square, qalign_preprocess
 
 GOLDEN = Path(__file__).parents[2] / "golden/qalign"

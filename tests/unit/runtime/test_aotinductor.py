@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ubgen.benchmark.memory import resident
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
+from ubgen.core.probes import aotinductor_cpu
 from ubgen.export.compilers import COMPILERS
 from ubgen.export.networks import Exportable
 from ubgen.export.spec import BatchRange, NetworkSpec
-from ubgen.probes import aotinductor_cpu
 from ubgen.runtime import Network, Signature
 from ubgen.runtime.aotinductor import cpu_features
 from ubgen.runtime.backends import BACKENDS

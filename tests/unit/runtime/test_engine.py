@@ -11,8 +11,8 @@ import torch
 from onnx import TensorProto, helper
 
 from ubgen import runtime
-from ubgen.errors import UserError
-from ubgen.manifest import content_hash, stage_directory
+from ubgen.core.errors import UserError
+from ubgen.core.stage import content_hash, stage_directory
 from ubgen.runtime import Dim, Signature, TensorSpec
 from ubgen.runtime.backends import backend
 from ubgen.runtime.key import json_hash, key_parts

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.runtime import Dim, Network, Signature, TensorSpec
 
 ROWS = Dim("batch", 2, 4, 8)

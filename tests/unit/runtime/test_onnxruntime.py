@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import helper
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.runtime import Dim, Network, Signature, TensorSpec
 from ubgen.runtime.backends import BACKENDS
 from ubgen.runtime.onnxruntime import ELEMENT_TYPES, open_network, open_session, session_options

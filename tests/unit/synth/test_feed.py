@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ubgen.classes import ClassList
+from ubgen.core.classes import ClassList
 from ubgen.synth.feed import Feed
 from ubgen.synth.leases import Leases
 from ubgen.synth.plan import Item, Plan

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ubgen.classes import ClassList
+from ubgen.core.classes import ClassList
+from ubgen.core.errors import UserError
 from ubgen.dataset import ShardWriter, open_store
-from ubgen.errors import UserError
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.plan import Plan, class_prompts, exhausted_file, identity, read_record, start_or_resume
 

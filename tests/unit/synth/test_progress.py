@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.synth.progress import Lines, watching
 
 

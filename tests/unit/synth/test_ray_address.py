@@ -7,7 +7,7 @@ from threading import Thread
 
 import pytest
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.synth.executors import ray_cluster
 from ubgen.synth.executors.ray_cluster import _probe
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.plan import Item
 from ubgen.synth.selection import Chosen, Exhausted, Made, Selection

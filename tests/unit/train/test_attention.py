@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from ubgen import probes
+from ubgen.core import probes
+from ubgen.core.errors import UserError
 from ubgen.diffusion import load_stable_diffusion
-from ubgen.errors import UserError
 from ubgen.train.attention import set_attention
 
 MODEL = Path(__file__).parents[2] / "golden" / "reference" / "model"

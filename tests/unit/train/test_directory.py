@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from ubgen.classes import ClassList
-from ubgen.errors import UserError
+from ubgen.core.classes import ClassList
+from ubgen.core.errors import UserError
 from ubgen.train.directory import check_directory, first_difference, prepare_directory
 
 CLASSES = ClassList(("n01", "n02"), ("cat", "dog"))

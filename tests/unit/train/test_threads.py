@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ubgen.classes import load_classes
-from ubgen.config import load_recipe
+from ubgen.core.classes import load_classes
+from ubgen.core.config import load_recipe
 from ubgen.train import TrainConfig
 from ubgen.train.players import load_players
 from ubgen.train.threads import gradients_on_one_thread

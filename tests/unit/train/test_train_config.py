@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from ubgen.config import load_recipe, to_dict
-from ubgen.errors import UserError
+from ubgen.core.config import load_recipe, to_dict
+from ubgen.core.errors import UserError
 from ubgen.train import GeneratorConfig, LossConfig, NetworkPaths, RolloutConfig, TrainConfig
 from ubgen.train.config import validate
 

@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.export.networks import Exportable
 from ubgen.export.spec import NetworkSpec
 from ubgen.runtime.backends import backend

@@ -10,8 +10,8 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from ubgen import probes
-from ubgen.errors import UserError
+from ubgen.core import probes
+from ubgen.core.errors import UserError
 from ubgen.export.networks import Exportable
 
 _ROWS = 32  # of real inputs, spread evenly; the scales are those of the largest values among them

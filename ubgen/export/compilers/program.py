@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 from ubgen.export.networks import Exportable
 from ubgen.export.spec import NetworkSpec
 

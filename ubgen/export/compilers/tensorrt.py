@@ -6,12 +6,12 @@ from pathlib import Path
 import tensorrt as trt
 import torch
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
+from ubgen.core.stage import atomic_write
 from ubgen.export.compilers import Compiled, Say
 from ubgen.export.compilers.tensorrt_graph import onnx_graph
 from ubgen.export.networks import Exportable
 from ubgen.export.spec import NetworkSpec
-from ubgen.manifest import atomic_write
 from ubgen.runtime import Dim, TensorSpec
 from ubgen.runtime.backends import device_architecture
 from ubgen.runtime.cache import cache_directory

@@ -8,11 +8,11 @@ import torch
 import torch_tensorrt
 from torch_tensorrt.dynamo.conversion import ConverterPriority, dynamo_tensorrt_converter, impl
 
+from ubgen.core.stage import atomic_write
 from ubgen.export.compilers import Compiled, Say
 from ubgen.export.compilers.program import export_program, one_line
 from ubgen.export.networks import Exportable
 from ubgen.export.spec import NetworkSpec
-from ubgen.manifest import atomic_write
 from ubgen.runtime import Dim, TensorSpec
 from ubgen.runtime.cache import cache_directory
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from ubgen import runtime
-from ubgen.errors import UserError
-from ubgen.manifest import read_manifest
+from ubgen.core.errors import UserError
+from ubgen.core.stage import read_manifest
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.generator import Generator
 from ubgen.synth.plan import Plan

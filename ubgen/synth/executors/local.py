@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ubgen.core.errors import UserError
 from ubgen.dataset import open_store
-from ubgen.errors import UserError
 from ubgen.synth.accounts import Account
 from ubgen.synth.executors.job import Events, Job, devices
 from ubgen.synth.leases import Leases

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ubgen.core.errors import UserError
+from ubgen.core.probes import require_ray
 from ubgen.dataset import open_store
-from ubgen.errors import UserError
-from ubgen.probes import require_ray
 from ubgen.synth.accounts import Account
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.executors.job import Events, Job

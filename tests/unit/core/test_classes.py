@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ubgen.classes import load_classes, safe_file_name, shipped_lists
-from ubgen.errors import UserError
+from ubgen.core.classes import load_classes, safe_file_name, shipped_lists
+from ubgen.core.errors import UserError
 
 
 def write(tmp_path, content):

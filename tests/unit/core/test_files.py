@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ubgen.errors import UserError
-from ubgen.storage import Store, open_store
+from ubgen.core.errors import UserError
+from ubgen.core.files import Store, open_store
 
 NAMES = st.sampled_from(["a", "b.json", ".lock", "shard-000000.tar"])
 STEPS = st.one_of(
@@ -133,11 +133,14 @@ def test_an_unknown_protocol_and_a_missing_package() -> None:
         open_store("nope://x")
     program = (
         "import sys; sys.modules['s3fs'] = None\n"
-        "from ubgen.storage import open_store\n"
+        "from ubgen.core.files import open_store\n"
         "open_store('s3://bucket/x')"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert answer.stderr.splitlines()[-1] == "ubgen.errors.UserError: s3://bucket/x: pip install 'ubgen[s3]'"
+    assert (
+        answer.stderr.splitlines()[-1]
+        == "ubgen.core.errors.UserError: s3://bucket/x: pip install 'ubgen[s3]'"
+    )
 
 
 def test_the_format_opens_without_the_optional_packages() -> None:
@@ -160,7 +163,7 @@ def test_a_local_file_has_the_usual_rights(tmp_path: Path) -> None:
 
 def test_leftovers_of_killed_writers_go_and_nothing_else(tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys; from ubgen.storage import open_store\n"
+        "import os, signal, sys; from ubgen.core.files import open_store\n"
         "with open_store(sys.argv[1]).new_file('shard-000000.tar') as file:\n"
         "    file.write(b'x' * 3_000_000); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -210,7 +213,7 @@ def test_a_read_only_file_system_is_named(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from ubgen.dataset import ShardWriter\n"
-        "from ubgen.manifest import stage_directory\n"
+        "from ubgen.core.stage import stage_directory\n"
         "for enter in (lambda: stage_directory(sys.argv[1], 'synth', {}), lambda: ShardWriter(sys.argv[1], 0)):\n"
         "    try:\n"
         "        enter().__enter__()\n"

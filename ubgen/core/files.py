@@ -1,13 +1,15 @@
-"""A flat directory of files: a local one, or one behind fsspec (`s3://bucket/prefix`, `gs://…`, `memory://…`).
+"""Files and flat directories of files, local or behind fsspec (`s3://bucket/prefix`, `gs://…`, `memory://…`).
 
-What local and remote directories have in common is that a file appears under its name only when it is whole: locally
-by renaming a flushed temporary file, in object storage because an object exists only once its upload is complete.
+A file appears under its name only when it is complete: locally by renaming a flushed temporary file, in object storage
+because an object exists only once its upload is complete.
 """
 
 import errno
 import os
 import re
+import shutil
 import tempfile
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from ubgen.atomic import atomic_write, naming, replacing
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 
 T = TypeVar("T")
 
@@ -24,6 +25,67 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+(?:::[A-Za-z][A-Za-z0-9+.-]+)*):/+(.
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _WAITS = (0.5, 1.0, 2.0)  # seconds before each further try
+_UMASK = threading.Lock()
+
+
+def atomic_write(path: Path, data: bytes | memoryview | str) -> None:
+    """Write `data` (text as UTF-8) to `path` so that a reader or a crash sees the old content or all of the new."""
+    with replacing(Path(path)) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file beside `path` that takes its place, on disk, at the end.
+
+    Its name is new each time: were it fixed, two writers of one file could write into each other's.
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        file = os.fdopen(descriptor, "wb", buffering=1 << 20)
+        try:
+            with naming(path):
+                os.fchmod(descriptor, 0o666 & ~_umask())
+                yield file
+                file.flush()
+                os.fsync(descriptor)
+        finally:
+            with suppress(OSError):  # on a full disk, closing tries once more to write what is left
+                file.close()
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error from writing to an open file does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _umask() -> int:
+    with _UMASK:  # it can only be read by setting it: two threads at once could leave it at zero
+        mask = os.umask(0)
+        os.umask(mask)
+    return mask
+
+
+def _sync_directory(directory: Path) -> None:
+    """The rename itself survives a power cut only once the directory is on disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a directory
+            raise
+    finally:
+        os.close(descriptor)
 
 
 class Store(ABC):
@@ -102,7 +164,7 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Delete a file; it may be missing."""
+        """Delete a file, or a local directory with all that is in it; it may be missing."""
 
     @abstractmethod
     def delete_leftovers(self) -> None:
@@ -186,7 +248,11 @@ class LocalStore(Store):
         return True
 
     def delete(self, name: str) -> None:
-        (self.local_path / name).unlink(missing_ok=True)
+        path = self.local_path / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
     def delete_leftovers(self) -> None:
         for name in self.sizes():

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from ubgen.errors import UserError
-from ubgen.manifest import MANIFEST, atomic_write, content_hash, read_manifest, stage_directory
-from ubgen.storage import open_store
+from ubgen.core.errors import UserError
+from ubgen.core.files import open_store
+from ubgen.core.stage import MANIFEST, atomic_write, content_hash, read_manifest, stage_directory
 
 HOLD = """
 import sys
 from pathlib import Path
-from ubgen.manifest import stage_directory
+from ubgen.core.stage import stage_directory
 with stage_directory(Path(sys.argv[1]), "train", {}, shared="shared" in sys.argv):
     print("held", flush=True)
     sys.stdin.read()
@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_the_old_content(tmp_path):
     path = tmp_path / "f"
     path.write_text("old")
     program = (
-        "import resource, signal, sys; from pathlib import Path; from ubgen.manifest import atomic_write\n"
+        "import resource, signal, sys; from pathlib import Path; from ubgen.core.stage import atomic_write\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "atomic_write(Path(sys.argv[1]), b'x' * 100_000)"

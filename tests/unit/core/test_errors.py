@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ubgen.cli import quickstart
-from ubgen.errors import UserError, run
+from ubgen.core.errors import UserError, run
 
 
 def fail_with(error):

@@ -6,8 +6,8 @@ from typing import Literal
 
 import pytest
 
-from ubgen.config import engine_spec_path, load_recipe, require_directory, resolve_path, to_dict
-from ubgen.errors import UserError
+from ubgen.core.config import engine_spec_path, load_recipe, require_directory, resolve_path, to_dict
+from ubgen.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ubgen.errors import UserError
-from ubgen.storage import Store
+from ubgen.core.errors import UserError
+from ubgen.core.files import Store
 
 LOCK = ".lock"
 RENEW = 10.0

@@ -10,10 +10,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ubgen.errors import UserError
+from ubgen.core.errors import UserError
 
 T = TypeVar("T")
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _PREFIX = "ubgen:"
 
 

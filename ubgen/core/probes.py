@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from ubgen.errors import UserError
-from ubgen.manifest import device_name
+from ubgen.core.errors import UserError
+from ubgen.core.stage import device_name
 from ubgen.ops import _native
 
 # not the extra alone: both packages are one Python module, and the second would be written over the first

@@ -1,0 +1,1 @@
+"""What every stage needs: errors, files, stage directories, configuration, class lists, probes, the console."""
