@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ubgen import storage
+from ubgen.core import files
 from ubgen.core.errors import UserError
 from ubgen.core.stage import read_manifest, stage_directory
 from ubgen.dataset import (
@@ -134,7 +134,7 @@ def write_big(url: str) -> None:
 def test_an_upload_that_breaks_half_way_is_no_shard(
     url: str, proxy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_WAITS", (0.01,))
+    monkeypatch.setattr(files, "_WAITS", (0.01,))
     proxy.limit = 200_000
     with pytest.raises(UserError, match=r"shard-000000\.tar: cannot write \(") as failure:
         write_big(url)
@@ -148,7 +148,7 @@ def test_an_upload_that_breaks_half_way_is_no_shard(
 
 
 def test_an_upload_is_tried_again(url: str, proxy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(files, "_WAITS", (0.01, 0.01, 0.01))
     proxy.limit, proxy.cuts_allowed = 200_000, 6
     write_big(url)
     assert proxy.cuts == 6
@@ -165,7 +165,7 @@ def break_off(url: str, temporaries: Path) -> None:
 def test_the_temporary_file_of_an_upload_goes(
     url: str, proxy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_WAITS", ())
+    monkeypatch.setattr(files, "_WAITS", ())
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(TypeError):
         break_off(url, tmp_path)
