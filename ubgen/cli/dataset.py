@@ -4,16 +4,15 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
+from ubgen.core.console import Report, facts, progress
 from ubgen.core.errors import UserError, run
 from ubgen.dataset import open_dataset, open_store
 from ubgen.dataset.convert import Format
@@ -45,8 +44,8 @@ def convert(
         to: "folder" (CLASS/KEY.jpg), "parquet" (Hugging Face) or "webdataset" (tars with DALI index).
         shard_size: Images in each part of the output; 1000 if not given.
     """
-    with _bar("converting") as progress:
-        images = convert_dataset(dataset, out, to, shard_size, progress)
+    with _bar("converting", "images") as report:
+        images = convert_dataset(dataset, out, to, shard_size, report)
     print(f"{images} images in {out}")
 
 
@@ -63,8 +62,8 @@ def verify(
         repair: Delete the manifest and the sidecars of damaged shards, so that ubgen-synth makes these again.
         workers: Threads; one for each core if not given.
     """
-    with _bar("verifying") as progress:
-        result = check(dataset, decode=decode, workers=workers, progress=progress)
+    with _bar("verifying", "shards") as report:
+        result = check(dataset, decode=decode, workers=workers, progress=report)
     console = Console()
     console.print(_verified_table(result))
     for problem in result.problems:
@@ -120,8 +119,8 @@ def diff(
         out: File for the figures as JSON.
     """
     check_tolerance(tolerance_levels, share)  # now, not after hours of work
-    with _bar("comparing") as progress:
-        result = compare(a, b, levels=tolerance_levels, progress=progress)
+    with _bar("comparing", "samples") as report:
+        result = compare(a, b, levels=tolerance_levels, progress=report)
     agrees = result.agrees(share)
     console = Console()
     console.print(_diff_table(result))
@@ -153,8 +152,8 @@ def audit(
         seed: Which ones.
         device: Where to run the engine; the device that it was made for if not given.
     """
-    with _bar("rendering again") as progress:
-        result = render_again(dataset, engine, sample, seed, device, progress)
+    with _bar("rendering again", "samples") as report:
+        result = render_again(dataset, engine, sample, seed, device, report)
     rows = {
         "samples": f"{result.samples:,}",
         "of the same bytes": f"{result.same_bytes:,}",
@@ -162,7 +161,7 @@ def audit(
         "largest difference": f"{result.largest} grey levels",
         "engine": "the one that made it" if result.same_engine else "another one",
     }
-    Console().print(_table(plain(dataset), rows))
+    Console().print(facts(plain(dataset), rows))
     if not result.passed:
         others = f" and {len(result.differing) - 1} more" if result.differing[1:] else ""
         _fail(f"{dataset}: sample {result.differing[0]}{others} cannot be rendered again")
@@ -177,19 +176,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-@contextmanager
-def _bar(title: str) -> Any:
-    """Gives a function that takes what is done and the total."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)  # a log would get no bar but an empty line
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def _bar(title: str, unit: str) -> AbstractContextManager[Report]:
+    return progress(Console(stderr=True), title, unit, log=False)
 
 
 def _verified_table(result: Verified) -> Table:
     counts = result.class_counts
-    return _table(
+    return facts(
         plain(result.where),
         {
             "shards": f"{result.shards:,}",
@@ -229,12 +222,12 @@ def _stats_table(dataset: str, result: Mapping[str, Any]) -> Table:
             spread = f"{score['mean']:.4f} ± {score['std']:.4f}"
             range_ = f"5 % {score['quantiles']['0.05']:.4f}, 95 % {score['quantiles']['0.95']:.4f}"
             rows[score_titles(name)[0]] = f"{spread} ({range_}; {score['min']:.4f} to {score['max']:.4f})"
-    return _table(plain(dataset), rows)
+    return facts(plain(dataset), rows)
 
 
 def _diff_table(result: Difference) -> Table:
     psnr = "infinite" if math.isinf(result.psnr) else f"{result.psnr:.2f} dB"
-    return _table(
+    return facts(
         "differences",
         {
             "plan": ", ".join(result.plan) or "the same",
@@ -252,13 +245,6 @@ def _diff_table(result: Difference) -> Table:
             "PSNR": psnr,
         },
     )
-
-
-def _table(title: str, rows: Mapping[str, str]) -> Table:
-    table = Table(title=Text(title), show_header=False)
-    for name, value in rows.items():
-        table.add_row(Text(name), Text(value))
-    return table
 
 
 def _fail(message: str) -> None:

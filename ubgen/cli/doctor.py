@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ubgen.core.console import table
 from ubgen.core.errors import run
 from ubgen.core.probes import Probe, all_probes
 
@@ -27,11 +28,11 @@ def doctor(json_output: Annotated[bool, tyro.conf.arg(name="json")] = False) -> 
 
 
 def _table(probes: list[Probe]) -> Table:
-    table = Table("part", "runs", "version, place, or reason", title="ubgen-doctor")
-    for probe in probes:
-        verdict = Text("yes", style="green") if probe.available else Text("no", style="yellow")
-        table.add_row(probe.name, verdict, Text(probe.detail))  # Text: a "[" in a reason is no markup
-    return table
+    verdicts = [
+        Text("yes", style="green") if probe.available else Text("no", style="yellow") for probe in probes
+    ]
+    rows = [(probe.name, verdict, probe.detail) for probe, verdict in zip(probes, verdicts, strict=True)]
+    return table("ubgen-doctor", ("part", "runs", "version, place, or reason"), rows, text_columns=3)
 
 
 def main() -> None:
