@@ -12,6 +12,11 @@ class UserError(Exception):
     """A wrong input. The message is one line that names the file or option and says what would be right."""
 
 
+def install_extra(name: str) -> str:
+    """The command that installs an optional group of packages, for messages; to be run in the checkout."""
+    return f"pip install -c constraints.txt -e '.[{name}]'"
+
+
 def run(main: Callable[[], object], *, resumes: bool = True) -> None:
     """Call `main`; a wrong input, a failing disk or Ctrl-C ends the process with one line instead of a traceback.
 

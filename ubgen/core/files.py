@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, install_extra
 
 T = TypeVar("T")
 
@@ -417,7 +417,7 @@ def _is_final(error: Exception) -> bool:
 
 def _missing_package(url: str, error: ImportError) -> str:
     extra = _EXTRAS.get(url.partition(":")[0])
-    return f"{url}: pip install 'ubgen[{extra}]'" if extra else f"{url}: {_one_line(error)}"
+    return f"{url}: {install_extra(extra)}" if extra else f"{url}: {_one_line(error)}"
 
 
 def _one_line(error: BaseException) -> str:

@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, install_extra
 from ubgen.core.stage import device_name
 from ubgen.ops import _native
 
 # not the extra alone: both packages are one Python module, and the second would be written over the first
+# without the constraints: ModelOpt asks for older releases of onnx and ONNX Runtime
+_FLOAT8 = "not installed; in an environment of its own: pip install -e '.[tensorrt,float8]'"
 GET_ONNXRUNTIME_GPU = "pip uninstall onnxruntime, then pip install -c constraints.txt onnxruntime-gpu"
 
 
@@ -162,7 +164,7 @@ def torch_tensorrt() -> Probe:
 def modelopt() -> Probe:
     """NVIDIA Model Optimizer, for float8 engines. Looked up, not imported: that alone takes seconds."""
     if not _installed("modelopt"):
-        return Probe("modelopt (float8)", False, "not installed; pip install 'ubgen[float8]'")
+        return Probe("modelopt (float8)", False, _FLOAT8)
     return Probe("modelopt (float8)", True, metadata.version("nvidia-modelopt"))
 
 
@@ -188,7 +190,7 @@ def ray() -> Probe:
 def require_ray() -> Any:
     """The module; UserError that says how to get it."""
     if not (probe := ray()).available:
-        raise UserError(f"--executor ray: {probe.detail}; pip install 'ubgen[ray]'")
+        raise UserError(f"--executor ray: {probe.detail}; {install_extra('ray')}")
     return importlib.import_module("ray")
 
 
@@ -230,7 +232,7 @@ def _on_cuda(probe: Probe) -> Probe:
 @cache
 def _package(name: str, module: str, extra: str) -> Probe:
     """Whether `module` imports. Its own failures are of any kind: torch_tensorrt raises a bare Exception."""
-    advice = f"pip install 'ubgen[{extra}]'" if extra else "reinstall ubgen"
+    advice = install_extra(extra) if extra else "reinstall ubgen"
     if not _installed(module):
         return Probe(name, False, f"not installed; {advice}")
     try:

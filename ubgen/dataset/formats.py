@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, install_extra
 from ubgen.core.files import Store, open_store
 from ubgen.dataset.card import CARD
 from ubgen.dataset.shards import ShardWriter, finished_shard, shard_name
@@ -288,4 +288,4 @@ def _pyarrow() -> tuple[Any, Any]:
     try:
         return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise UserError("--to parquet needs pyarrow; pip install 'ubgen[parquet]'") from None
+        raise UserError(f"--to parquet needs pyarrow; {install_extra('parquet')}") from None

@@ -139,7 +139,7 @@ def test_an_unknown_protocol_and_a_missing_package() -> None:
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (
         answer.stderr.splitlines()[-1]
-        == "ubgen.core.errors.UserError: s3://bucket/x: pip install 'ubgen[s3]'"
+        == "ubgen.core.errors.UserError: s3://bucket/x: pip install -c constraints.txt -e '.[s3]'"
     )
 
 
