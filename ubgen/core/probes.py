@@ -22,9 +22,9 @@ from ubgen.core.errors import UserError, install_extra
 from ubgen.core.stage import device_name
 from ubgen.ops import _native
 
-# not the extra alone: both packages are one Python module, and the second would be written over the first
 # without the constraints: ModelOpt asks for older releases of onnx and ONNX Runtime
 _FLOAT8 = "not installed; in an environment of its own: pip install -e '.[tensorrt,float8]'"
+# not the extra alone: both packages are one Python module, and the second would be written over the first
 GET_ONNXRUNTIME_GPU = "pip uninstall onnxruntime, then pip install -c constraints.txt onnxruntime-gpu"
 
 
