@@ -39,7 +39,7 @@ GOALS = {"start, s": 10, "resume, s": 10, "peak memory, MB": 600, "cost against 
 class Nothing:
     """A fixed picture for every sample, so that it can be encoded and written but costs nothing to make."""
 
-    lanes = 1
+    concurrency = 1
 
     def __init__(self, batch: int = 64, side: int = 256) -> None:
         self.batch = batch
@@ -58,9 +58,6 @@ class Nothing:
     def score(self, items: Sequence[Item], latents: Tensor, pixels: Tensor) -> Scored:
         ones = torch.ones(len(items))
         return Scored(pixels, 0.3 * ones, 4.0 * ones, ones.bool(), ~ones.bool())
-
-    def same_bits(self) -> dict[str, bool]:
-        return {"position": True, "size": True}
 
 
 def _picture(side: int) -> Tensor:

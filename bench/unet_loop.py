@@ -18,7 +18,7 @@ from ubgen.benchmark import Table
 from ubgen.benchmark.machine import describe
 from ubgen.diffusion import sample_guided, with_sampler
 from ubgen.runtime import Network, run_rows
-from ubgen.synth.executors.job import MOST_LANES
+from ubgen.synth.executors.job import MOST_BATCHES
 
 GUIDANCE = 2.0
 Turns = Mapping[str, list[tuple[float, float]]]
@@ -83,7 +83,7 @@ def measure_loop(
     Everything a round holds is made `lanes` times, so that all lanes have work and the sides do the same.
     """
     threads = torch.get_num_threads()
-    lanes = min(threads, MOST_LANES)  # as `open_engine` chooses them
+    lanes = min(threads, MOST_BATCHES)  # as `open_engine` chooses them
     alone, shared = open_network(threads), open_network(threads // lanes)
     loop = Loop(model, noise_schedule, alone, images, steps)
 

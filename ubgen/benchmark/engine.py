@@ -15,12 +15,12 @@ from ubgen.benchmark.memory import peak_by_device
 from ubgen.benchmark.peers import Peers, load_peers, missing_weights
 from ubgen.benchmark.table import Table, number
 from ubgen.benchmark.timing import Timing, compare
-from ubgen.benchmark.workload import Settings, Workload
+from ubgen.benchmark.workload import Workload
 from ubgen.core.config import require_directory
 from ubgen.core.errors import UserError
 from ubgen.core.stage import atomic_write, read_manifest
 from ubgen.runtime import load
-from ubgen.synth.generator import NETWORKS
+from ubgen.runtime.pipeline import NETWORKS
 
 AGAINST = ("eager", "compile")
 Say = Callable[[str], None]
@@ -111,7 +111,7 @@ def bench_engine(
     manifest = read_manifest(path, "export")
     engines = load(path, device or manifest["config"]["spec"]["device"])
     say("preparing real inputs")
-    work = Workload(engines, Settings(batch, steps, guidance))
+    work = Workload(engines, batch, steps, guidance)
     notes, peers = list[str](), None
     if against and not (reason := missing_weights(engines)):
         say("loading the weights for PyTorch")
@@ -155,14 +155,14 @@ def _parts(
             assert peers is not None
             call = peers.networks[name] if side == "eager" else peers.compiled(name)
             sides[side] = _bound(call, inputs)
-        parts.append((name, work.rows(name), sides))
+        parts.append((name, work.rows[name], sides))
     noise = work.noise()
-    loops: dict[str, Side] = {"engine": lambda: work.denoise(noise, work.settings.steps)}
-    chains: dict[str, Side] = {"engine": work.chain}
+    loops: dict[str, Side] = {"engine": lambda: work.denoise(noise)}
+    chains: dict[str, Side] = {"engine": work.scored_images}
     for side in against if peers else ():
         assert peers is not None
-        loops[side] = _Pipeline(work, peers, side).latents
-        chains[side] = _Pipeline(work, peers, side).chain
+        loops[side] = _Peer(work, peers, side).latents
+        chains[side] = _Peer(work, peers, side).scored_images
     return [*parts, ("denoise", work.images, loops), ("chain", work.images, chains)]
 
 
@@ -170,7 +170,7 @@ def _bound(call: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, 
     return lambda: call(inputs)
 
 
-class _Pipeline:
+class _Peer:
     """diffusers' pipeline, then decoder and scorers in PyTorch, on the noise and prompts of the workload."""
 
     def __init__(self, work: Workload, peers: Peers, side: str) -> None:
@@ -179,20 +179,19 @@ class _Pipeline:
         self._unet = torch.compile(self._eager_unet) if self._compile else self._eager_unet
 
     def latents(self) -> Tensor:
-        given, pipeline = self._work.inputs["unet"], self._peers.pipeline
-        dtype, settings = self._eager_unet.dtype, self._work.settings
+        work, pipeline, dtype = self._work, self._peers.pipeline, self._eager_unet.dtype
         pipeline.unet = self._unet
         return pipeline(
-            prompt_embeds=given["cond"].to(dtype),
-            negative_prompt_embeds=given["uncond"].to(dtype).expand_as(given["cond"]),
-            latents=self._work.noise().to(dtype),
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
+            prompt_embeds=work.cond.to(dtype),
+            negative_prompt_embeds=work.pipeline.uncond.to(dtype).expand_as(work.cond),
+            latents=work.noise().to(dtype),
+            num_inference_steps=work.steps,
+            guidance_scale=work.guidance,
             output_type="latent",
         ).images
 
-    def chain(self) -> np.ndarray:
-        """Pixels on the host; the scores too are fetched, as the engines' chain does."""
+    def scored_images(self) -> np.ndarray:
+        """Pixels on the host; the scores are fetched too, as on the engine's side."""
         pixels = self._call("vae_decoder", latents=self.latents().float())
         for name in ("clip_image", "qalign"):
             self._call(name, pixels=pixels).tolist()
@@ -204,7 +203,7 @@ class _Pipeline:
 
 
 def _agreement(work: Workload, peers: Peers) -> str:
-    ours = work.chain().astype(int)
-    theirs = _Pipeline(work, peers, "eager").chain().astype(int)
+    ours = work.scored_images().astype(int)
+    theirs = _Peer(work, peers, "eager").scored_images().astype(int)
     share = float((np.abs(ours - theirs) <= 1).mean())
     return f"Pixel values of the two chains within one grey level: {share:.3%}."

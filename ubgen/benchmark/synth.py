@@ -21,7 +21,6 @@ from ubgen.core.classes import load_classes
 from ubgen.core.config import require_directory
 from ubgen.core.errors import UserError
 from ubgen.core.stage import atomic_write, read_manifest
-from ubgen.diffusion import initial_noise
 from ubgen.runtime import Signature, load
 from ubgen.runtime.backends import parse_device
 from ubgen.synth import SynthConfig, synthesise
@@ -248,8 +247,8 @@ class _Work:
     def bare(self) -> float:
         """Like ubgen-synth, with as many batches at a time as the engine was opened for."""
         start = time.perf_counter()
-        with ThreadPoolExecutor(self.generator.lanes) as lanes:
-            list(lanes.map(self._one, self._batches()))
+        with ThreadPoolExecutor(self.generator.concurrency) as pool:
+            list(pool.map(self._one, self._batches()))
         return self._rate(start)
 
     @torch.inference_mode()
@@ -266,10 +265,10 @@ class _Work:
 
     @torch.inference_mode()
     def _diffusers(self) -> float:
-        shape, names = self.generator.latent_shape, self._plan.classes.names
+        names = self._plan.classes.names
         start = time.perf_counter()
         for items in self._batches():
-            noise = torch.stack([initial_noise(0, i.class_index, i.image_index, shape) for i in items])
+            noise = self.generator.noise(items)[: len(items)]
             self.pipeline(
                 prompt=[names[item.class_index] for item in items],
                 negative_prompt=[""] * len(items),

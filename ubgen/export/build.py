@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from ubgen.export.sources import engine_parts, exporter, lora_file, network_keys
 from ubgen.export.spec import EngineSpec, NetworkSpec
 from ubgen.export.store import Built, Store
 from ubgen.rewards import Clip, QAlign
-from ubgen.runtime import Network, Signature
+from ubgen.runtime import Signature
 from ubgen.runtime.key import first_difference, json_hash
+from ubgen.runtime.pipeline import Pipeline
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".msgpack", ".h5"}
 Say = Callable[[str], None]
@@ -87,11 +89,13 @@ def export_engine(
         _require_no_other(out, parts)
     require_memory(spec, inputs)
     config = {"spec": spec.content(), "weights": {name: str(path) for name, path in inputs.items()}}
-    with held_directory(out, "export", config, overwrite=overwrite) as stage, exact_float32():
+    with held_directory(out, "export", config, overwrite=overwrite) as stage:
         mark(out, config)  # before the manifest of the engine that is replaced goes
         stage.begin()
         build = _Build(spec, inputs, parts, Store(out, hashes), say)
-        exported = build.run(key)
+        with exact_float32():
+            exported = build.run(key)
+        same_bits = build.same_bits()
         engine = {
             "key": key,
             "parts": parts,
@@ -100,7 +104,9 @@ def export_engine(
             "extras": {file.relative_to(out).as_posix(): hashes(file) for file in _extras(out)},
         }
         parity = [row.to_dict() for row in exported.parity]
-        stage.finish(inputs, engine=engine, parity=parity, chain=exported.chain.to_dict())
+        stage.finish(
+            inputs, engine=engine, parity=parity, chain=exported.chain.to_dict(), same_bits=same_bits
+        )
         hashes.save()
     return exported
 
@@ -159,7 +165,6 @@ class _Build:
         yield from stable_diffusion_networks(sd, real).items()
         del sd
         clip = clip_networks(Clip.load(self.inputs["clip"]), real)
-        self._tokens = clip["clip_text"].inputs[0]["tokens"]
         yield from clip.items()
         del clip
         yield from qalign_networks(QAlign.load(self.inputs["qalign"]), real).items()
@@ -215,16 +220,23 @@ class _Build:
     def _chain(self) -> tuple[ChainRow, Images, Images]:
         self.say("comparing the finished chain with PyTorch's")
         with _enough_memory("all networks together", "lower their batch.max"):
-            ours = run_chain(self._engines(), self._real, self._tokens, self.spec.parity)
+            ours = run_chain(self._pipeline, self._real)
         expected = self._expected
         reference = Images.of(
             self._real.pixels, expected["clip_image"], expected["clip_text"], expected["qalign"]
         )
         return compare_chains(ours, reference, self.spec.parity), ours, reference
 
-    def _engines(self) -> dict[str, Network]:
-        specs = dict(self.spec.networks.items())
-        return {
+    def same_bits(self) -> dict[str, Any]:
+        """For the manifest: see `Pipeline.same_bits`."""
+        self.say("looking whether an image depends on its place in a batch")
+        with _enough_memory("all networks together", "lower their batch.best"):
+            return self._pipeline.same_bits(self._real.names)
+
+    @cached_property
+    def _pipeline(self) -> Pipeline:
+        specs, parity = dict(self.spec.networks.items()), self.spec.parity
+        engines = {
             name: open_network(
                 name,
                 self.store.out / entry["file"],
@@ -234,6 +246,7 @@ class _Build:
             )
             for name, entry in self.entries.items()
         }
+        return Pipeline(engines, self.store.out, steps=parity.steps, guidance=parity.guidance)
 
 
 @contextmanager

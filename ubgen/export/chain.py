@@ -5,13 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ubgen.diffusion import sample_guided
 from ubgen.export.inputs import RealInputs
 from ubgen.export.spec import ParitySpec
-from ubgen.runtime import Network, run_rows
+from ubgen.runtime.pipeline import Pipeline
 
 EQUAL_PSNR = 100.0  # dB, given where there is no difference at all
 
@@ -56,26 +54,11 @@ class ChainRow:
         return ChainRow(**{**known, "misses": tuple(values["misses"])})
 
 
-def run_chain(
-    engines: Mapping[str, Network], real: RealInputs, tokens: Tensor, settings: ParitySpec
-) -> Images:
-    """The images of `real.noise`, made and scored by the engines alone. `tokens` (N,T) are CLIP's of the classes."""
-    unet = engines["unet"]
-    embeddings = run_rows(engines["text_encoder"], {"input_ids": real.input_ids})["embeddings"]
-    prompts = {
-        "cond": embeddings[:-1],
-        "uncond": embeddings[-1:],
-        "guidance": torch.tensor([settings.guidance], dtype=torch.float32),
-    }
-
-    def noise(latents: Tensor, timestep: Tensor) -> Tensor:
-        return run_rows(unet, {"latents": latents, "timestep": timestep, **prompts})["noise"]
-
-    latents = sample_guided(noise, real.scheduler, real.noise.to(unet.device), steps=settings.steps)
-    pixels = run_rows(engines["vae_decoder"], {"latents": latents})["pixels"]
-    features = run_rows(engines["clip_image"], {"pixels": pixels})["features"]
-    texts = run_rows(engines["clip_text"], {"tokens": tokens})["features"]
-    return Images.of(pixels, features, texts, run_rows(engines["qalign"], {"pixels": pixels})["score"])
+def run_chain(pipeline: Pipeline, real: RealInputs) -> Images:
+    """The images of `real.noise`, made and scored by the engines alone."""
+    pixels = pipeline.decode(pipeline.denoise(real.noise, pipeline.encode_prompts(real.names)))
+    similarity, quality = pipeline.score(pixels, pipeline.encode_photos(real.names))
+    return Images(pixels.cpu(), similarity.cpu(), quality.cpu())
 
 
 def compare_chains(ours: Images, reference: Images, settings: ParitySpec) -> ChainRow:

@@ -32,7 +32,6 @@ class RealInputs:
     unet_calls: list[dict[str, Tensor]]
     latents: Tensor
     pixels: Tensor
-    scheduler: Any
 
 
 @torch.no_grad()
@@ -60,7 +59,7 @@ def real_inputs(sd: StableDiffusion, spec: EngineSpec) -> RealInputs:
         latents = torch.cat([part[0] for part in parts])
         pixels = run_module(VaeDecoder(sd.vae), {"latents": latents}, spec.device)
     calls = [_join(same) for same in zip(*(part[1] for part in parts), strict=True)]
-    return RealInputs(names, ids, noise, calls, latents, pixels, with_sampler(sd.scheduler, "pndm"))
+    return RealInputs(names, ids, noise, calls, latents, pixels)
 
 
 def _trajectory(

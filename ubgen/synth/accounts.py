@@ -24,16 +24,12 @@ _LIMIT = 512  # points of a curve
 
 @dataclass
 class Account:
-    """Seconds each stage was busy, and seconds for which it was the one that the others waited for.
-
-    `same_bits` is what `Generator.same_bits` found, of all workers the worst.
-    """
+    """Seconds each stage was busy, and seconds for which it was the one that the others waited for."""
 
     images: int = 0
     seconds: float = 0.0
     busy: dict[str, float] = field(default_factory=dict)
     bottleneck: dict[str, float] = field(default_factory=dict)
-    same_bits: dict[str, bool] = field(default_factory=dict)
 
     def add(self, other: "Account") -> None:
         """Of several workers: sums."""
@@ -42,8 +38,6 @@ class Account:
         for mine, theirs in ((self.busy, other.busy), (self.bottleneck, other.bottleneck)):
             for name, value in theirs.items():
                 mine[name] = mine.get(name, 0.0) + value
-        for name, same in other.same_bits.items():
-            self.same_bits[name] = self.same_bits.get(name, True) and same
 
     def shares(self) -> dict[str, float]:
         """Share of the time in which each stage was the bottleneck; they sum to 1."""

@@ -7,9 +7,10 @@ from typing import Any
 from ubgen.core.errors import UserError
 from ubgen.runtime import Signature
 from ubgen.runtime.key import check_engine
+from ubgen.runtime.pipeline import NETWORKS
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.executors.job import devices
-from ubgen.synth.generator import NETWORKS, images_at_a_time
+from ubgen.synth.generator import images_at_a_time
 
 
 def own_device(manifest: Mapping[str, Any]) -> str:

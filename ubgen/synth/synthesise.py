@@ -117,7 +117,7 @@ class _Session:
             stats=facts,
             speed=whole.speed(),
             **origin(config),
-            same_bits=whole.account.same_bits,
+            same_bits=read_manifest(config.engine, "export").get("same_bits"),
         )
         for name in files:
             self.store.delete(name)

@@ -28,17 +28,16 @@ TICK = 0.1
 
 
 class Chain(Protocol):
-    """What a worker needs of `Generator`. It is called by `lanes` threads at a time."""
+    """What a worker needs of `Generator`. It is called by `concurrency` threads at a time."""
 
     batch: int
-    lanes: int
+    concurrency: int
 
     @property
     def device(self) -> torch.device: ...
     def denoise(self, items: Sequence[Item]) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
     def score(self, items: Sequence[Item], latents: Tensor, pixels: Tensor) -> Scored: ...
-    def same_bits(self) -> dict[str, bool]: ...
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,6 @@ def work(chain: Chain, plan: Plan, config: SynthConfig, store: Store, links: Lin
     An error of any stage ends the worker; shards that it has finished stay.
     """
     feed = Feed(plan, links.take)
-    with torch.inference_mode():
-        same_bits = chain.same_bits()
     start = time.perf_counter()
     with Assembly(store, plan, config.seed, links.finished) as assembly:
         stages = _Stages(chain, config, feed, assembly, store, links)
@@ -81,12 +78,12 @@ def work(chain: Chain, plan: Plan, config: SynthConfig, store: Store, links: Lin
             except Stopped:
                 pass  # the end of the block raises what stopped it
     seconds = time.perf_counter() - start
-    return Account(stages.images, seconds, *_times(pipeline, seconds), same_bits)
+    return Account(stages.images, seconds, *_times(pipeline, seconds))
 
 
 class _Stages:
     """On a GPU each network has a stage and a CUDA stream of its own. On a CPU a batch passes all networks in one
-    thread, as they would only take the cores from each other, and `Chain.lanes` batches do so at the same time;
+    thread, as they would only take the cores from each other, and `Chain.concurrency` batches do so at the same time;
     encoding and writing have threads of their own."""
 
     pipeline: Pipeline
@@ -113,7 +110,7 @@ class _Stages:
         if self._chain.device.type == "cuda":
             return [Stage(name, self._on_stream(run), self._scope) for name, run in networks] + rest
         together = self._one_after_the_other(networks)
-        return [Stage("networks", together, torch.inference_mode, self._chain.lanes), *rest]
+        return [Stage("networks", together, torch.inference_mode, self._chain.concurrency), *rest]
 
     def _one_after_the_other(
         self, networks: Sequence[tuple[str, Callable[[_Batch], None]]]

@@ -1,10 +1,10 @@
-"""The real chain of networks: whose bits depend on what, and images that are none."""
+"""The real networks: whose bits depend on what, and images that are none."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from ubgen.core.classes import ClassList, load_classes
 from ubgen.dataset import open_dataset
 from ubgen.export import Exported
-from ubgen.runtime import EngineSet, Network, load
+from ubgen.runtime import Network, load
+from ubgen.runtime.pipeline import Pipeline
 from ubgen.synth import SynthConfig, synthesise
 from ubgen.synth.generator import Generator
 from ubgen.synth.plan import Item, Plan
@@ -40,15 +41,6 @@ class Bent:
         return {name: self._bend(tensor) for name, tensor in self._network.run(inputs).items()}
 
 
-class BentEngines(EngineSet):
-    def __init__(self, engines: EngineSet, name: str, bend: Callable[[Tensor], Tensor]) -> None:
-        self.__dict__.update(vars(engines))
-        self._bent = {name: Bent(engines[name], bend)}
-
-    def __getitem__(self, name: str) -> Any:
-        return self._bent.get(name) or super().__getitem__(name)
-
-
 def next_up(rows: Tensor) -> Tensor:
     """The least that can differ."""
     return rows ^ 1 if rows.dtype == torch.uint8 else torch.nextafter(rows, torch.full_like(rows, torch.inf))
@@ -65,11 +57,14 @@ def by_size(rows: Tensor) -> Tensor:
 @pytest.mark.parametrize("network", ["unet", "vae_decoder", "clip_image", "qalign"])
 @pytest.mark.parametrize(("bend", "other"), [(by_position, "position"), (by_size, "size")])
 def test_a_network_that_varies_with_its_batch_is_found_out(
-    config: SynthConfig, classes: ClassList, network: str, bend: Callable[[Tensor], Tensor], other: str
+    exported: Exported, classes: ClassList, network: str, bend: Callable[[Tensor], Tensor], other: str
 ) -> None:
-    generator = Generator(BentEngines(load(config.engine), network, bend), classes, config)
-    found = generator.same_bits()
-    assert found == {name: name != other for name in ("position", "size")}
+    engines = load(exported.path)
+    bent = {**engines, network: Bent(engines[network], bend)}
+    found = Pipeline(bent, exported.path, steps=2, guidance=2.0).same_bits(classes.names)  # type: ignore[arg-type]
+    assert {name: found[name] for name in ("position", "size")} == {
+        name: name != other for name in ("position", "size")
+    }
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def command(config: SynthConfig) -> list[str]:
     return start + [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
-def test_the_dataset_is_whole_and_described(dataset: Path) -> None:
+def test_the_dataset_is_whole_and_described(config: SynthConfig, dataset: Path) -> None:
     samples = open_dataset(dataset)
     assert len(samples) == 20
     assert [s.label for s in samples] == [0, 1, 2, 3, 4] * 4
@@ -87,7 +87,9 @@ def test_the_dataset_is_whole_and_described(dataset: Path) -> None:
     assert set(speed["busy_seconds"]) == {"denoise", "decode", "score", "select", "encode", "write"}
     assert sum(speed["bottleneck_shares"].values()) == pytest.approx(1)
     assert speed["throughput"][-1][1] == 20
-    assert manifest["same_bits"].keys() == {"position", "size"}
+    engine = read_manifest(config.engine, "export")
+    best = engine["engine"]["networks"]["unet"]["signature"]["inputs"][0]["shape"][0]["best"]
+    assert manifest["same_bits"] == engine["same_bits"] == {"batch": best, "position": True, "size": True}
 
 
 def test_images_and_scores_are_those_of_pytorch(dataset: Path, family: dict[str, str], lora: Path) -> None:

@@ -53,7 +53,7 @@ class DiesOnce(FromIdentities):
 class DiesWaiting(FromIdentities):
     """The first worker that has made a batch, two seconds after its last: it has asked for a shard and got none."""
 
-    lanes = 1
+    concurrency = 1
 
     def __init__(self) -> None:
         self._death: threading.Timer | None = None

@@ -27,7 +27,7 @@ class FromIdentities:
     """Pictures of noise, and scores made from it."""
 
     batch = 7
-    lanes = 2
+    concurrency = 2
     device = torch.device("cpu")
 
     def denoise(self, items: Sequence[Item]) -> torch.Tensor:
@@ -43,9 +43,6 @@ class FromIdentities:
         similarity, quality = latents[:, 0, 0, 0], 3 + latents[:, 1, 0, 0].clamp(-2, 2)
         ones = torch.ones(len(items), dtype=torch.bool)
         return Scored(pixels, similarity, quality, ones, ~ones)
-
-    def same_bits(self) -> dict[str, bool]:
-        return {"position": True, "size": True}
 
 
 def config(out: Path, engine: Path) -> SynthConfig:

@@ -8,8 +8,8 @@ import pytest
 from ubgen.dataset import open_store
 from ubgen.synth.accounts import Account, History, Record, account_files, leave, left, together
 
-DENOISE = Account(4, 8.0, {"denoise": 6.0}, {"denoise": 6.0, "encode": 2.0}, {"position": True, "size": True})
-ENCODE = Account(2, 2.0, {"encode": 1.0}, {"encode": 2.0}, {"position": True, "size": False})
+DENOISE = Account(4, 8.0, {"denoise": 6.0}, {"denoise": 6.0, "encode": 2.0})
+ENCODE = Account(2, 2.0, {"encode": 1.0}, {"encode": 2.0})
 
 
 def test_accounts_are_added_and_the_worst_counts() -> None:
@@ -19,7 +19,6 @@ def test_accounts_are_added_and_the_worst_counts() -> None:
     assert speed["busy_seconds"] == {"denoise": 6.0, "encode": 1.0}
     assert speed["bottleneck_shares"] == {"denoise": 0.6, "encode": 0.4}
     assert speed["images_per_second"] == pytest.approx(6 / 8)
-    assert whole.account.same_bits == {"position": True, "size": False}
     assert DENOISE.images == 4
 
 

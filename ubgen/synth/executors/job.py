@@ -16,7 +16,7 @@ from ubgen.synth.worker import Chain
 MakeChain = Callable[[SynthConfig, Plan, str, int], Chain]
 """(settings, plan, device, compute threads) -> the networks, opened in the process that is to run them."""
 
-MOST_LANES = 4
+MOST_BATCHES = 4
 """Batches at a time on a CPU. Each needs the memory of its own activations."""
 
 
@@ -28,10 +28,10 @@ def open_engine(config: SynthConfig, plan: Plan, device: str, threads: int) -> G
     packages keep Python's lock while they run.
     """
     unet = read_manifest(config.engine, "export")["engine"]["networks"]["unet"]
-    lanes = min(threads, MOST_LANES) if device == "cpu" and unet["compiler"] == "onnxruntime" else 1
-    torch.set_num_threads(max(1, threads // lanes))  # for what torch does between the networks
-    engines = runtime.load(config.engine, device=device, threads=threads // lanes)
-    return Generator(engines, plan.classes, config, plan.prompts, lanes)
+    concurrency = min(threads, MOST_BATCHES) if device == "cpu" and unet["compiler"] == "onnxruntime" else 1
+    torch.set_num_threads(max(1, threads // concurrency))  # for what torch does between the networks
+    engines = runtime.load(config.engine, device=device, threads=threads // concurrency)
+    return Generator(engines, plan.classes, config, plan.prompts, concurrency)
 
 
 @dataclass(frozen=True)
