@@ -8,8 +8,7 @@ with a class sets its images apart (found with the fair world's images). Writes 
 """
 
 import json
-import platform
-import time
+import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
+from ubgen.benchmark import Table, machine_record
+from ubgen.benchmark.machine import describe
 from ubgen.core.classes import load_classes
 from ubgen.core.config import load_recipe
 from ubgen.miniature.shapes import CLASSES
@@ -63,6 +64,10 @@ class Arguments:
     """After how many updates of 16 images to look."""
     batches: int = 40
     """Batches of 32 images of the base generator."""
+    steps: int = 25
+    """PNDM steps of each."""
+    fair: int = 3000
+    """Images of the fair world, which show where the biased background lies."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def base_features(config: TrainConfig, batches: int) -> tuple[Tensor, Tensor]:
     return torch.cat(features), torch.cat(labels)
 
 
-def bias_directions(clip: Clip, names: tuple[str, ...], count: int = 3000) -> Tensor:
+def bias_directions(clip: Clip, names: tuple[str, ...], count: int) -> Tensor:
     """(classes, D), of length 1: a class's mean image on its own background, less that on any, in the fair world."""
     labels = tuple(CLASSES.index(name) for name in names)
     images, factors = render_many(fair_world(classes=labels), count, seed=7)
@@ -138,39 +143,45 @@ def looks(
 
 
 def report(found: list[Look], given: Arguments) -> str:
-    head = f"""# What the adversary asks the generator for
-
-`python bench/adversary.py`: discriminators of {len(given.seeds)} seeds ({", ".join(map(str, given.seeds))}), trained on
-{32 * given.batches} images of the miniature's base generator in 25 PNDM steps. Each cell: smallest, median
-and largest of the seeds. "Away from bias": the cosine of what the gradient asks of an image with leaving the background
-that goes with its class; 0 is a direction that has nothing to do with it.
-
-| features | hidden | updates | loss (chance: 0.69) | length of the gradient | away from bias |
-| --- | --- | --- | --- | --- | --- |
-"""
-    lines = []
+    columns = (
+        "features",
+        "hidden",
+        "updates",
+        "loss (chance: 0.69)",
+        "length of the gradient",
+        "away from bias",
+    )
+    table = Table("What the adversary asks the generator for", columns, text_columns=1)
     for kind in KINDS:
         for updates in given.updates:
             rows = [look for look in found if look.kind == kind and look.updates == updates]
-            cells = []
-            for name, form in (("loss", ".2f"), ("gradient", ".1f"), ("away_from_bias", "+.2f")):
-                values = sorted(getattr(row, name) for row in rows)
-                cells.append(
-                    ", ".join(f"{v:{form}}" for v in (values[0], values[len(values) // 2], values[-1]))
-                )
-            lines.append(f"| {kind.features} | {kind.hidden} | {updates} | {' | '.join(cells)} |")
-    when = time.strftime("%Y-%m-%d")
-    return f"{head}{chr(10).join(lines)}\n\n{platform.machine()}, torch {torch.__version__}, {when}.\n"
+            cells = (spread([row.loss for row in rows], ".2f"), spread([row.gradient for row in rows], ".1f"))
+            away = spread([row.away_from_bias for row in rows], "+.2f")
+            table.rows.append((kind.features, str(kind.hidden), str(updates), *cells, away))
+    seeds = ", ".join(map(str, given.seeds))
+    table.note = f"""`python bench/adversary.py`: discriminators of seeds {seeds}, trained on {32 * given.batches}
+images of the miniature's base generator in {given.steps} PNDM steps. Each cell: smallest, median and largest of the
+seeds. "Away from bias": the cosine of what the gradient asks of an image with leaving the background that goes with its
+class; 0 is a direction that has nothing to do with it.
+
+{describe(machine_record())}."""
+    return table.markdown()
+
+
+def spread(values: list[float], form: str) -> str:
+    """Smallest, median, largest."""
+    chosen = (min(values), statistics.median_high(values), max(values))
+    return ", ".join(f"{value:{form}}" for value in chosen)
 
 
 def main() -> None:
     given = tyro.cli(Arguments)
     config = load_recipe("miniature", TrainConfig)
-    config = replace(config, rollout=replace(config.rollout, sampler="pndm", steps=25))
+    config = replace(config, rollout=replace(config.rollout, sampler="pndm", steps=given.steps))
     names = load_classes(config.classes).names
     images, labels = base_features(config, given.batches)
     clip = Clip.load(config.networks.clip)
-    bias = bias_directions(clip, names)
+    bias = bias_directions(clip, names, given.fair)
     found = [
         look
         for kind in KINDS

@@ -9,14 +9,10 @@ OMP_NUM_THREADS=1.
 import copy
 import gc
 import json
-import os
-import platform
-import resource
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +21,10 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from ubgen.benchmark import Table, compare, machine_record
+from ubgen.benchmark.machine import describe
+from ubgen.benchmark.memory import resident
 from ubgen.core.config import resolve_path
-from ubgen.core.stage import device_name
 from ubgen.export.flops import count_flops
 from ubgen.export.networks import Exportable
 from ubgen.export.onnx import export_onnx
@@ -89,19 +87,10 @@ def cost(config: dict[str, Any], image: int = IMAGE) -> dict[str, Any]:
     }
 
 
-def interleaved(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each side, the sides taking turns; one round before is not counted.
-
-    CPU time and not the clock's: on one thread they are the same on an idle machine, and on a busy one only the
-    first means something.
-    """
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds + 1):
-        for name, call in sides.items():
-            start = time.process_time()
-            call()
-            times[name].append(time.process_time() - start)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+def time_over_full(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """CPU time of each side over that of "full": other work on the machine hardly changes it."""
+    times = compare(sides, seconds=0.0, least=rounds)
+    return {name: timing.cpu / times["full"].cpu for name, timing in times.items()}
 
 
 def relative(ours: Tensor, reference: Tensor) -> float:
@@ -122,39 +111,35 @@ def onnx_session(file: Path) -> Callable[[Tensor], Tensor]:
     return lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
 
 
-def peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def full_width(directory: Path, layers: int = 2, vision_layers: int = 2, rounds: int = 7) -> dict[str, Any]:
     """Parity, time, size and memory with random float32 weights at 7B widths."""
     torch.manual_seed(0)
     config, pixels = shallow(layers, vision_layers), random_images(2, IMAGE)
-    scorer, reference, seconds = in_torch(config, pixels, rounds)
+    scorer, reference, times = in_torch(config, pixels, rounds)
     result: dict[str, Any] = {
         "layers": {"decoder": layers, "vision tower": vision_layers, "abstractor": 6},
         "scores": reference.tolist(),
         "error_torch": relative(scorer(pixels), reference),
         "flop_ratio": cost(config)["ratio"],
-        "time_over_full": {name: value / seconds["full"] for name, value in seconds.items()},
+        "time_over_full": times,
     }
     gc.collect()
     start = time.perf_counter()
     network = Exportable(scorer, [{"pixels": pixels}], "score")
     files = export_onnx(network, NetworkSpec(BATCH, 1e-5), directory / "qalign.onnx")
-    result |= {"export_seconds": time.perf_counter() - start, "export_peak_gb": peak_gb()}
+    result |= {"export_seconds": time.perf_counter() - start, "export_peak_gb": resident() / 2**30}
     result["files"] = {file.name: file.stat().st_size for file in files}
     del scorer, network
     gc.collect()
     run = onnx_session(files[0])
     errors = {len(rows): relative(run(rows), reference[: len(rows)]) for rows in (pixels, pixels[:1])}
-    return result | {"error_onnxruntime": max(errors.values()), "peak_gb": peak_gb()}
+    return result | {"error_onnxruntime": max(errors.values()), "peak_gb": resident() / 2**30}
 
 
 def in_torch(
     config: dict[str, Any], pixels: Tensor, rounds: int
 ) -> tuple[QAlignScorer, Tensor, dict[str, float]]:
-    """The folded network, `QAlign.score` of the images, and the seconds of each side for the first image."""
+    """The folded network, `QAlign.score` of the images, and the time of each side for the first image."""
     qalign = QAlign.from_config(config).eval().requires_grad_(False)
     scorer, full, one = QAlignScorer(qalign).eval(), FullForward(qalign), pixels[:1]
     sides = {
@@ -162,7 +147,7 @@ def in_torch(
         "QAlign.score": lambda: qalign.score(to_images(one)),
         "folded": lambda: scorer(one),
     }
-    return scorer, qalign.score(to_images(pixels)), interleaved(sides, rounds)
+    return scorer, qalign.score(to_images(pixels)), time_over_full(sides, rounds)
 
 
 def miniature(directory: Path, rounds: int = 21) -> dict[str, Any]:
@@ -187,70 +172,80 @@ def miniature(directory: Path, rounds: int = 21) -> dict[str, Any]:
         "AOTInductor": lambda p: compiled(pixels=p),
     }
     for opset in (20, 23):
-        file = export_onnx(network, NetworkSpec(BATCH, 1e-5, opset=opset), directory / f"opset{opset}.onnx")[
-            0
-        ]
-        sides[f"ONNX Runtime, opset {opset}"] = onnx_session(file)
-    reference = qalign.score(to_images(pixels))
-    seconds = interleaved({name: partial(side, pixels) for name, side in sides.items()}, rounds)
+        spec = NetworkSpec(BATCH, 1e-5, opset=opset)
+        graph, *_ = export_onnx(network, spec, directory / f"opset{opset}.onnx")
+        sides[f"ONNX Runtime, opset {opset}"] = onnx_session(graph)
+    reference, calls = (
+        qalign.score(to_images(pixels)),
+        {n: partial(side, pixels) for n, side in sides.items()},
+    )
     return {
         "error": {
             name: max(relative(side(pixels[:n]), reference[:n]) for n in (1, 2, 5, 8))
             for name, side in sides.items()
         },
-        "time_over_full": {name: value / seconds["full"] for name, value in seconds.items()},
+        "time_over_full": time_over_full(calls, rounds),
         "flop_ratio": cost(qalign.config, 64)["ratio"],
     }
 
 
-def markdown(result: dict[str, Any]) -> str:
-    big, wide, small = result["7B"], result["full width"], result["miniature"]
-    parts = "\n".join(
-        f"| {name} | {part['full'] / 1e9:.2f} | {part['folded'] / 1e9:.2f} | {part['folded'] / part['full']:.4f} |"
-        for name, part in {**big["parts"], "all": big["total"]}.items()
+def operations_table(big: dict[str, Any]) -> Table:
+    table = Table(
+        "Operations for one image of 512 x 512 at 7B sizes, GFLOP",
+        ("part", "full", "folded", "ratio"),
+        text_columns=1,
     )
-    times = ", ".join(f"{name} {value:.3f}" for name, value in wide["time_over_full"].items())
+    for name, part in {**big["parts"], "all": big["total"]}.items():
+        full, folded = part["full"], part["folded"]
+        table.rows.append((name, f"{full / 1e9:.2f}", f"{folded / 1e9:.2f}", f"{folded / full:.4f}"))
+    held = big["parameters"] + big["constants"]
+    table.note = (
+        f"The folded network holds {big['parameters']:,} parameters and {big['constants']:,} constants (position "
+        f"tables, the prompt's keys and values): {2 * held / 1e9:.2f} GB at 2 bytes. Counted by `ubgen.export.flops`: "
+        "two for a multiply-add, attention whole, elementwise work left out."
+    )
+    return table
+
+
+def full_width_text(wide: dict[str, Any]) -> str:
+    layers = ", ".join(f"{name} {count}" for name, count in wide["layers"].items())
     files = ", ".join(f"`{name}` {size / 1e6:,.1f} MB" for name, size in wide["files"].items())
-    forms = "\n".join(
-        f"| {name} | {ratio:.3f} | {small['error'][name]:.1e} |"
-        for name, ratio in small["time_over_full"].items()
-    )
-    return f"""# Q-Align as it is compiled, against the full forward pass
+    times = ", ".join(f"{name} {value:.3f}" for name, value in wide["time_over_full"].items())
+    return f"""## Full width, few layers, random float32 weights
 
-`OMP_NUM_THREADS=1 python bench/qalign_cost.py`. Full: the whole prompt in every layer, the whole head at every
-position. Folded: `ubgen.export.qalign_graph.QAlignScorer`. Both give the same score.
-
-{result["machine"]}
-
-## Operations for one image of 512 x 512 at 7B sizes, GFLOP
-
-| part | full | folded | ratio |
-| --- | --- | --- | --- |
-{parts}
-
-The folded network holds {big["parameters"]:,} parameters and {big["constants"]:,} constants (position tables, the
-prompt's keys and values): {2 * (big["parameters"] + big["constants"]) / 1e9:.2f} GB at 2 bytes. Counted by
-`ubgen.export.flops`: two for a multiply-add, attention whole, elementwise work left out.
-
-## Full width, few layers, random float32 weights
-
-Layers: {", ".join(f"{name} {count}" for name, count in wide["layers"].items())}. Largest relative difference from
-`QAlign.score`: {wide["error_torch"]:.1e} in PyTorch, {wide["error_onnxruntime"]:.1e} in ONNX Runtime (batch 1 and 2).
-Files: {files}. The export took {wide["export_seconds"]:.0f} s; peak memory {wide["export_peak_gb"]:.1f} GB up to its
-end, {wide["peak_gb"]:.1f} GB with ONNX Runtime's run after it.
+Layers: {layers}. Largest relative difference from `QAlign.score`: {wide["error_torch"]:.1e} in PyTorch,
+{wide["error_onnxruntime"]:.1e} in ONNX Runtime (batch 1 and 2). Files: {files}. The export took
+{wide["export_seconds"]:.0f} s; peak memory {wide["export_peak_gb"]:.1f} GB up to its end, {wide["peak_gb"]:.1f} GB with
+ONNX Runtime's run after it.
 
 Time over the full pass's, batch 1: {times}.
 Operations of the folded one: {wide["flop_ratio"]:.3f}. Of two decoder layers the last one is half, of 32 it is little:
 this is not the ratio of the 7B network.
-
-## Miniature
-
-Batch 8; differences are the largest of batch 1, 2, 5 and 8. Operations: {small["flop_ratio"]:.3f} of the full pass's.
-
-| form | time over full | largest relative difference from `QAlign.score` |
-| --- | --- | --- |
-{forms}
 """
+
+
+def miniature_table(small: dict[str, Any]) -> Table:
+    columns = ("form", "time over full", "largest relative difference from `QAlign.score`")
+    table = Table("Miniature, batch 8", columns, text_columns=1)
+    for name, time_ratio in small["time_over_full"].items():
+        table.rows.append((name, f"{time_ratio:.3f}", f"{small['error'][name]:.1e}"))
+    ratio = f"{small['flop_ratio']:.3f} of the full pass's"
+    table.note = f"Differences are the largest of batch 1, 2, 5 and 8. Operations: {ratio}."
+    return table
+
+
+def markdown(result: dict[str, Any]) -> str:
+    head = f"""# Q-Align as it is compiled, against the full forward pass
+
+`OMP_NUM_THREADS=1 python bench/qalign_cost.py`. Full: the whole prompt in every layer, the whole head at every
+position. Folded: `ubgen.export.qalign_graph.QAlignScorer`. Both give the same score. Times are medians of CPU time, the
+sides taking turns.
+
+{describe(result["machine"])}.
+"""
+    big, wide, small = result["7B"], result["full width"], result["miniature"]
+    parts = (operations_table(big).markdown(), full_width_text(wide), miniature_table(small).markdown())
+    return "\n".join((head, *parts))
 
 
 @torch.no_grad()
@@ -258,9 +253,7 @@ def main(out: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         result = {
-            "machine": f"{device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, onnxruntime "
-            f"{onnxruntime.__version__}, {platform.platform()}. Times are medians of CPU time, the sides taking turns; "
-            f"other work loaded the machine ({os.getloadavg()[1]:.1f} processes at the start).",
+            "machine": machine_record(),
             "7B": cost(SEVEN_B),
             "miniature": miniature(directory),
             "full width": full_width(directory),

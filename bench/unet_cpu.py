@@ -1,32 +1,30 @@
-"""An SD1.5-size UNet on the CPU: eager PyTorch against ONNX Runtime and AOTInductor, and the miniature's whole loop.
+"""One call of an SD1.5-size UNet on the CPU: eager PyTorch against ONNX Runtime and AOTInductor.
 
-    python bench/unet_cpu.py [--small | --only-loop] [--work DIR] [--out DIR]
+    python bench/unet_cpu.py [--small] [--work DIR] [--out DIR]
 
 Every comparison is one process in which the sides take turns; every figure of memory comes from a process of its own.
 Random weights, all tensors distinct; one image, which guidance makes two rows. Prints tables and writes them to OUT as
 unet-cpu.json and unet-cpu.md. Graphs and packages are kept in WORK and used again by a later run; the full size takes
-about half an hour and 14 GB of memory, `--small` some seconds and no AOTInductor. `--only-loop` measures the
-miniature's loop alone, in two minutes, and leaves the rest of OUT as it was.
+about half an hour and 14 GB of memory, `--small` some seconds and no AOTInductor. `ubgen-bench engine` and `ubgen-bench
+synth` measure the miniature's whole loop.
 """
 
 import argparse
 import json
 import multiprocessing
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from unet_loop import loop_table, measure_loop, ratios, take_turns
 
-from ubgen.benchmark import Table, machine_record, peak_memory
+from ubgen.benchmark import Table, compare, machine_record, peak_memory
 from ubgen.benchmark.machine import describe
 from ubgen.benchmark.memory import resident
 from ubgen.export.networks import Exportable, UNet
@@ -65,7 +63,7 @@ ENGINE = "onnxruntime"  # as ubgen-export makes it: both, and equal rows once
 PACKAGES = {"aotinductor, not frozen": False, "aotinductor": True}
 
 
-def unet(config: Mapping[str, Any]) -> torch.nn.Module:
+def unet(config: Mapping[str, Any]) -> UNet:
     """Random, in eval mode; norms and biases are drawn too, since equal tensors would be stored once."""
     from diffusers import UNet2DConditionModel
 
@@ -75,7 +73,7 @@ def unet(config: Mapping[str, Any]) -> torch.nn.Module:
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
-    return model
+    return UNet(model).eval()
 
 
 def inputs(config: Mapping[str, Any], images: int = 1) -> dict[str, Tensor]:
@@ -88,11 +86,6 @@ def inputs(config: Mapping[str, Any], images: int = 1) -> dict[str, Tensor]:
         "uncond": torch.randn(1, PROMPT, width, generator=generator),
         "guidance": torch.tensor([2.0]),
     }
-
-
-def exportable(config: Mapping[str, Any]) -> Exportable:
-    network = UNet(unet(config)).eval()
-    return Exportable(network, [inputs(config, 2)], "noise", frozenset({"uncond", "guidance"}))
 
 
 class Bench:
@@ -109,13 +102,13 @@ class Bench:
         from ubgen.export.compilers import COMPILERS
         from ubgen.export.onnx import export_onnx
 
-        network, spec = exportable(self.config), self.spec(side)
-        start = time.perf_counter()
-        stem = self.work / _stem(side)
+        shared = frozenset({"uncond", "guidance"})
+        network = Exportable(unet(self.config), [inputs(self.config, 2)], "noise", shared)
+        spec, start = self.spec(side), time.perf_counter()
         if side in PLAIN:
             export_onnx(network, spec, self.file(side), rewrite=False)
         else:
-            COMPILERS[spec.compiler](network, spec, stem, "cpu", lambda line: None)
+            COMPILERS[spec.compiler](network, spec, self.work / _stem(side), "cpu", lambda line: None)
         signature = network.signature(BATCH)
         (self.work / "signature.json").write_text(json.dumps(signature.to_dict()), encoding="utf-8")
         return {"seconds": time.perf_counter() - start}
@@ -129,22 +122,23 @@ class Bench:
     def file(self, side: str) -> Path:
         return self.work / f"{_stem(side)}.{'pt2' if side in PACKAGES else 'onnx'}"
 
-    def open(self, side: str, threads: int | None = None) -> Network:
+    def open(self, side: str) -> Network:
         signature = Signature.from_dict(json.loads((self.work / "signature.json").read_text("utf-8")))
-        name = "aotinductor" if side in PACKAGES else "onnxruntime"
-        return backend(name).load(
-            "unet", self.file(side), signature, "cpu", threads or torch.get_num_threads(), {}
-        )
+        name, threads = self.spec(side).compiler, torch.get_num_threads()
+        return backend(name).load("unet", self.file(side), signature, "cpu", threads, {})
 
     @torch.no_grad()
     def speed(self, side: str) -> dict[str, Any]:
         """Eager PyTorch and one side, in turns."""
-        given, eager = inputs(self.config), UNet(unet(self.config)).eval()
-        network = self.open(side)
+        given, eager, network = inputs(self.config), unet(self.config), self.open(side)
         reference, ours = eager(**given), network.run(given)["noise"]
-        times = take_turns({"eager": lambda: eager(**given), "side": lambda: network.run(given)}, self.rounds)
         error = float((ours - reference).abs().max() / reference.abs().max())
-        return {**ratios(times), "error": error}
+        sides: dict[str, Callable[[], object]] = {
+            "eager": lambda: eager(**given),
+            "side": lambda: network.run(given),
+        }
+        times = compare(sides, seconds=0.0, least=self.rounds)
+        return {name: asdict(timing) for name, timing in times.items()} | {"error": error}
 
     @torch.no_grad()
     def memory(self, side: str) -> dict[str, Any]:
@@ -153,7 +147,7 @@ class Bench:
         _import_all()
         with peak_memory() as load:
             if side == "eager":
-                module = UNet(unet(self.config)).eval()
+                module = unet(self.config)
                 weights = sum(p.numel() * p.element_size() for p in module.parameters())
                 call: Callable[[], object] = lambda: module(**given)  # noqa: E731
             else:
@@ -163,30 +157,6 @@ class Bench:
             for _ in range(3):
                 call()
         return {"weights": weights, "load": load.extra, "run": run.peak - load.held, "activations": run.extra}
-
-    def loop(self) -> dict[str, Any]:
-        """PNDM's whole loop, of the miniature or of the tiny network."""
-        if self.small:
-            model, schedule, open_network = unet(self.config), _sd15_schedule(), partial(self.open, ENGINE)
-            result = measure_loop(model, schedule, open_network, images=2, steps=3, rounds=3)
-        else:
-            from ubgen.diffusion import load_stable_diffusion
-
-            # an earlier run's graph may be that of other passes
-            shutil.rmtree(self.work / "miniature-engine", ignore_errors=True)
-            sd = load_stable_diffusion("ubgen:miniature/weights/stable-diffusion")
-            rounds = max(self.rounds, 3)
-            result = measure_loop(sd.unet, sd.scheduler, self._miniature, images=16, steps=50, rounds=rounds)
-        return result | {"machine": machine_record()}
-
-    def _miniature(self, threads: int) -> Network:
-        """The UNet of the shipped spec."""
-        from ubgen.export import export_engine, load_spec
-        from ubgen.runtime import load
-
-        directory = self.work / "miniature-engine"
-        export_engine(load_spec("miniature"), directory)  # once: the second time, it is there
-        return load(directory, threads=threads)["unet"]
 
 
 def _apply(names: tuple[str, ...], source: Path, target: Path) -> dict[str, Any]:
@@ -206,16 +176,14 @@ def _apply(names: tuple[str, ...], source: Path, target: Path) -> dict[str, Any]
 def isolated(threads: int, method: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """The result of a call in a new process, and that process's largest resident memory, "peak"."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        1, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
+    with ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,)) as pool:
         result = pool.submit(method, *arguments).result()
         return result | {"peak": pool.submit(resident).result()}
 
 
 def measure(bench: Bench, threads: int, with_aotinductor: bool) -> dict[str, Any]:
     """Every figure; progress goes to stderr."""
-    sides = [*PLAIN, *STEPS, ENGINE] if not bench.small else ["ort opset 23, plain", ENGINE]
+    sides = ["ort opset 23, plain", ENGINE] if bench.small else [*PLAIN, *STEPS, ENGINE]
     sides += PACKAGES if with_aotinductor else ()
     result: dict[str, Any] = {"built": {}, "speed": {}, "memory": {}}
     for side in sides:
@@ -227,8 +195,6 @@ def measure(bench: Bench, threads: int, with_aotinductor: bool) -> dict[str, Any
     for side in ("eager", ENGINE, *(["aotinductor"] if with_aotinductor else [])):
         say(f"memory of {side}")
         result["memory"][side] = isolated(threads, bench.memory, side)
-    say("the loop")
-    result["loop"] = isolated(threads, bench.loop)
     return result
 
 
@@ -240,27 +206,23 @@ def _once(bench: Bench, threads: int, side: str) -> dict[str, Any]:
     return json.loads(record.read_text("utf-8"))
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
-    speed = Table(
+def speed_table(result: dict[str, Any]) -> Table:
+    table = Table(
         "One call of the UNet",
         ("side", "eager, s", "side, s", "times as fast", "by CPU time", "error", "made in, s", "with, GiB"),
         text_columns=1,
     )
-    for side, row in result["speed"].items():
-        built = result["built"][side]
-        speed.rows.append(
-            (
-                side,
-                f"{row['wall']['eager']:.3g}",
-                f"{row['wall']['side']:.3g}",
-                f"{row['faster']:.2f}",
-                f"{row['faster_cpu']:.2f}",
-                f"{row['error']:.1e}",
-                f"{built['seconds']:.0f}" if built["seconds"] else "",
-                f"{built['peak'] / GIB:.1f}" if built["seconds"] else "",
-            )
-        )
-    memory = Table(
+    for name, row in result["speed"].items():
+        eager, side, built = row["eager"], row["side"], result["built"][name]
+        made = (f"{built['seconds']:.0f}", f"{built['peak'] / GIB:.1f}") if built["seconds"] else ("", "")
+        seconds = (f"{eager['median'] / 1000:.3g}", f"{side['median'] / 1000:.3g}")
+        faster = (f"{eager[clock] / side[clock]:.2f}" for clock in ("median", "cpu"))
+        table.rows.append((name, *seconds, *faster, f"{row['error']:.1e}", *made))
+    return table
+
+
+def memory_table(result: dict[str, Any]) -> Table:
+    table = Table(
         "Memory beside the libraries', GiB",
         ("side", "weights", "most while loading", "most while running", "of eager's"),
         text_columns=1,
@@ -270,9 +232,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
     for side, row in result["memory"].items():
         cells = (f"{row[key] / GIB:.2f}" for key in ("weights", "load", "run"))
         ratio = needed if side == "eager" else row["run"]
-        memory.rows.append((side, *cells, f"{ratio / needed:.2f}"))
-    memory.note = "The last column: against eager's weights and activations."
-    return [speed, memory, loop_table(result["loop"])]
+        table.rows.append((side, *cells, f"{ratio / needed:.2f}"))
+    table.note = "The last column: against eager's weights and activations."
+    return table
 
 
 def main() -> None:
@@ -285,32 +247,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-aotinductor", action="store_true", help="it takes a C++ compiler and minutes")
-    parser.add_argument(
-        "--only-loop", action="store_true", help="the miniature's loop, into the figures in OUT"
-    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ubgen-unet-cpu-") as scratch:
         work = given.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         bench = Bench(work.resolve(), given.small, given.rounds)
-        if given.only_loop:
-            result = json.loads((given.out / "unet-cpu.json").read_text("utf-8"))
-            result |= {"loop": isolated(given.threads, bench.loop), "rounds": result.get("rounds", 5)}
-        else:
-            result = measure(bench, given.threads, not (given.small or given.no_aotinductor))
-            torch.set_num_threads(given.threads)
-            result |= {"machine": machine_record(), "rounds": given.rounds}
-    write(result, given.out)
+        result = measure(bench, given.threads, not (given.small or given.no_aotinductor))
+    torch.set_num_threads(given.threads)
+    write(result | {"machine": machine_record(), "rounds": given.rounds}, given.out)
 
 
 def write(result: dict[str, Any], out: Path) -> None:
     """unet-cpu.json and unet-cpu.md into the directory `out`, and the latter to stdout."""
-    text = "# UNet on the CPU\n\n" + "\n".join(table.markdown() for table in tables(result))
-    text += f"\nThe first two tables: {describe(result['machine'])}. Medians of {result['rounds']} calls; the sides "
-    text += "take turns in one process.\n"
+    text = f"# UNet on the CPU\n\n{speed_table(result).markdown()}\n{memory_table(result).markdown()}"
+    text += f"\n{describe(result['machine'])}. Medians of {result['rounds']} calls; the sides take turns in a process."
     out.mkdir(parents=True, exist_ok=True)
     (out / "unet-cpu.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (out / "unet-cpu.md").write_text(text, encoding="utf-8")
+    (out / "unet-cpu.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
@@ -320,14 +273,6 @@ def say(line: str) -> None:
 
 def _stem(side: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in side)
-
-
-def _sd15_schedule() -> Any:
-    from diffusers import PNDMScheduler
-
-    return PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-    )
 
 
 def _import_all() -> None:

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,21 +14,25 @@ MOST_ROUNDS = 200
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of a call: median and quartiles over `rounds` turns, each the mean of `calls` calls in a row."""
+    """Milliseconds of a call: median and quartiles over `rounds` turns, each the mean of `calls` calls in a row.
+
+    `cpu` is the median of the CPU time of all the process's threads, which other work on the machine hardly changes.
+    """
 
     median: float
     q1: float
     q3: float
     rounds: int
     calls: int
+    cpu: float
 
     @staticmethod
-    def of(times: Sequence[float], calls: int = 1) -> "Timing":
-        """Of the times of all turns, in milliseconds a call."""
+    def of(times: Sequence[float], cpu_times: Sequence[float], calls: int = 1) -> "Timing":
+        """Of all turns, in milliseconds a call."""
         if len(times) == 1:
-            return Timing(times[0], times[0], times[0], 1, calls)
+            return Timing(times[0], times[0], times[0], 1, calls, cpu_times[0])
         q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive")
-        return Timing(median, q1, q3, len(times), calls)
+        return Timing(median, q1, q3, len(times), calls, statistics.median(cpu_times))
 
     def per_second(self, units: float) -> float:
         """What is done in a second when a call does `units`."""
@@ -50,13 +55,19 @@ def compare(
     meanwhile.
     """
     calls = {name: 1 if warm else calls_in_a_turn(call, device) for name, call in sides.items()}
-    order, times = list(sides), {name: list[float]() for name in sides}
+    order, times, cpu_times = (
+        list(sides),
+        defaultdict[str, list[float]](list),
+        defaultdict[str, list[float]](list),
+    )
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < least or (time.perf_counter() < end and rounds < MOST_ROUNDS):
         for name in order:
+            before = time.process_time()
             times[name].append(milliseconds(sides[name], calls[name], device))
+            cpu_times[name].append(1000 * (time.process_time() - before) / calls[name])
         order, rounds = order[1:] + order[:1], rounds + 1
-    return {name: Timing.of(times[name], calls[name]) for name in sides}
+    return {name: Timing.of(times[name], cpu_times[name], calls[name]) for name in sides}
 
 
 def milliseconds(call: Callable[[], object], count: int, device: str | torch.device) -> float:

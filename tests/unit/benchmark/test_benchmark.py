@@ -40,9 +40,22 @@ def test_the_seconds_bound_the_rounds():
 
 
 def test_summary_of_the_turns():
-    assert Timing.of([4, 1, 3, 2, 100], calls=7) == Timing(median=3, q1=2, q3=4, rounds=5, calls=7)
-    assert Timing.of([5]) == Timing(5, 5, 5, 1, 1)
-    assert Timing.of([20]).per_second(16) == 800
+    assert Timing.of([4, 1, 3, 2, 100], [9, 1, 1, 2, 2], calls=7) == Timing(
+        3, q1=2, q3=4, rounds=5, calls=7, cpu=2
+    )
+    assert Timing.of([5], [6]) == Timing(5, 5, 5, 1, 1, 6)
+    assert Timing.of([20], [0]).per_second(16) == 800
+
+
+def test_cpu_time_is_what_a_side_computed():
+    def compute() -> None:
+        end = time.process_time() + 0.03
+        while time.process_time() < end:
+            pass
+
+    timings = compare({"waits": lambda: time.sleep(0.03), "computes": compute}, seconds=0.01, least=3)
+    assert timings["waits"].cpu < 5
+    assert timings["computes"].cpu >= 30
 
 
 def test_peak_memory_of_a_block():
