@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ubgen.core.console import markdown_table
+
 
 @dataclass
 class Table:
@@ -16,14 +18,8 @@ class Table:
 
     def markdown(self) -> str:
         """A heading, the table, and the note below it."""
-        rule = ["---" if i < self.text_columns else "---:" for i in range(len(self.columns))]
-        lines = [_line(self.columns), _line(rule), *(_line(row) for row in self.rows)]
-        parts = [f"## {self.title}", "\n".join(lines), self.note]
-        return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        table = markdown_table(self.columns, self.rows, text_columns=self.text_columns)
+        return "\n\n".join(part for part in (f"## {self.title}", table, self.note) if part) + "\n"
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -5,10 +5,9 @@ from typing import Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from ubgen.benchmark import Table, bench_engine, bench_synth
+from ubgen.core.console import table as drawn
 from ubgen.core.errors import run
 
 
@@ -110,12 +109,7 @@ def synth(
 
 def show(console: Console, table: Table) -> None:
     """The table in the terminal, its note below."""
-    drawn = RichTable(title=table.title)
-    for i, column in enumerate(table.columns):
-        drawn.add_column(column, justify="left" if i < table.text_columns else "right")
-    for row in table.rows:
-        drawn.add_row(*map(Text, row))
-    console.print(drawn)
+    console.print(drawn(table.title, table.columns, table.rows, text_columns=table.text_columns))
     console.print(table.note, highlight=False, markup=False)
 
 
