@@ -13,8 +13,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -97,22 +95,10 @@ def run(out: str, engine: str, samples: int) -> dict[str, Any]:
     }
 
 
-def peak(status: str | None = None) -> int:
+def peak() -> int:
     """Bytes of resident memory at most; getrusage would also count the parent's, from before this program began."""
-    lines = (status or Path("/proc/self/status").read_text(encoding="ascii")).splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
-def charts_peak(stats: dict[str, Any]) -> int:
-    """The same of the process that draws the charts, which runs beside that of the stage for a second."""
-    program = (
-        "import json, sys; from ubgen.dataset.charts import score_figure; score_figure(json.load(sys.stdin)); "
-        "print(open('/proc/self/status').read())"
-    )
-    command = [sys.executable, "-c", program]
-    return peak(
-        subprocess.run(command, input=json.dumps(stats), capture_output=True, text=True, check=True).stdout
-    )
 
 
 def encoder(samples: int) -> float:
@@ -139,7 +125,6 @@ def measure(work: Path, samples: int) -> dict[str, Any]:
     (engine / "manifest.json").write_text(json.dumps(about), encoding="utf-8")
     result: dict[str, Any] = {"machine": machine_record(), "encoder": isolated(encoder, 8192)}
     result["few"] = isolated(run, str(work / "few"), str(engine), FEW)
-    result["charts peak"] = charts_peak(read_manifest(work / "few", "synth")["stats"])
     print(f"{FEW}: {result['few']['rate']:.0f}/s", flush=True)
     many = work / "many"
     result["many"] = isolated(run, str(many), str(engine), samples)
@@ -176,10 +161,7 @@ def tables(result: dict[str, Any]) -> list[Any]:
         row = result[name]
         cells = (row["until_plan"], row["until_first"], row["rate"], row["peak"] / 1e6, row["seconds"])
         runs.rows.append((name, f"{row['samples']:,}", f"{row['made']:,}", *map(number, cells)))
-    runs.note = (
-        "In all: with figures, ledger, pictures, card and Croissant description at the end. A process of its own draws "
-        f"the charts there, with {number(result['charts peak'] / 1e6)} MB at most."
-    )
+    runs.note = "In all: with figures, ledger, pictures, card and Croissant description at the end."
     few, many = result["few"], result["many"]
     limit = min(result["encoder"], result["encoder after"])
     found = {

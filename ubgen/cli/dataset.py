@@ -15,16 +15,16 @@ from rich.table import Table
 from ubgen.core.console import Report, facts, progress
 from ubgen.core.errors import UserError, run
 from ubgen.dataset import open_dataset, open_store
-from ubgen.dataset.convert import Format
-from ubgen.dataset.convert import convert as convert_dataset
-from ubgen.dataset.diff import Difference, check_tolerance
-from ubgen.dataset.diff import diff as compare
-from ubgen.dataset.pictures import DEFAULT_SHEETS, write_pictures
-from ubgen.dataset.stats import dataset_stats
 from ubgen.dataset.text import plain, score_titles
-from ubgen.dataset.verify import Verified
-from ubgen.dataset.verify import repair as take_damaged_away
-from ubgen.dataset.verify import verify as check
+from ubgen.dataset.tools.convert import Format
+from ubgen.dataset.tools.convert import convert as convert_dataset
+from ubgen.dataset.tools.diff import Difference, check_tolerance
+from ubgen.dataset.tools.diff import diff as compare
+from ubgen.dataset.tools.pictures import DEFAULT_SHEETS, write_pictures
+from ubgen.dataset.tools.stats import dataset_stats
+from ubgen.dataset.tools.verify import Verified
+from ubgen.dataset.tools.verify import repair as take_damaged_away
+from ubgen.dataset.tools.verify import verify as check
 from ubgen.synth import audit as render_again
 
 _DIFFERENT = 1  # exit status of `verify` for a damaged dataset, and of `diff` for different ones
@@ -40,13 +40,15 @@ def convert(
 
     Args:
         dataset: Directory or URL of a ubgen dataset, or of WebDataset tars from anywhere.
-        out: Directory or URL to write to; empty, or with an unfinished conversion of the same kind.
+        out: Directory or URL to write to; empty, or with this conversion, begun or finished.
         to: "folder" (CLASS/KEY.jpg), "parquet" (Hugging Face) or "webdataset" (tars with DALI index).
         shard_size: Images in each part of the output; 1000 if not given.
     """
     with _bar("converting", "images") as report:
-        images = convert_dataset(dataset, out, to, shard_size, report)
-    print(f"{images} images in {out}")
+        images, made = convert_dataset(dataset, out, to, shard_size, report)
+    print(
+        f"{images} images in {out}" if made else f"{out} is finished, with {images} images; nothing was done"
+    )
 
 
 def verify(

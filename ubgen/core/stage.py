@@ -71,11 +71,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_manifest(directory: str | Path | Store, stage: str | None = None) -> dict[str, Any]:
-    """The manifest of a finished stage directory; UserError if it is missing, broken, or of another stage."""
+def read_manifest(directory: str | Path | Store, *stages: str) -> dict[str, Any]:
+    """The manifest of a finished directory of one of `stages` (default: any); UserError if it is missing or broken."""
     store = open_store(directory)
     path = store.address(MANIFEST)
-    wanted = f"ubgen {stage} directory" if stage else "ubgen stage directory"
+    wanted = f"ubgen {' or '.join(stages) or 'stage'} directory"
     try:
         manifest = json.loads(store.read(MANIFEST).decode())
     except (FileNotFoundError, NotADirectoryError):
@@ -84,7 +84,7 @@ def read_manifest(directory: str | Path | Store, stage: str | None = None) -> di
         raise UserError(f"{path} is not valid JSON; run the stage that made {directory} again") from None
     if not isinstance(manifest, dict) or "stage" not in manifest:
         raise UserError(f"{path} is not a ubgen manifest; expected a {wanted}")
-    if stage and manifest["stage"] != stage:
+    if stages and manifest["stage"] not in stages:
         raise UserError(f"{directory} is a ubgen {manifest['stage']} directory; expected a {wanted}")
     return manifest
 
@@ -214,7 +214,9 @@ class Stage:
     def path(self) -> Path:
         """The directory, for a stage that needs a local one."""
         if self.store.local_path is None:
-            raise UserError(f"--out {self.store}: {_command(self.name)} writes to a local directory only")
+            raise UserError(
+                f"{self._option} {self.store}: {_command(self.name)} writes to a local directory only"
+            )
         return self.store.local_path
 
     def look(self) -> State:
@@ -224,7 +226,7 @@ class Stage:
         UserError when it is not this stage's, or holds another run that is to be kept: it names the first difference.
         """
         if self.store.local_path and self.store.local_path.exists() and not self.store.local_path.is_dir():
-            raise UserError(f"--out: {self.store} is not a directory")
+            raise UserError(f"{self._option}: {self.store} is not a directory")
         entries = self.store.entries()  # before run.json is read: parts that begin together write that first
         if not entries:
             return "new"
@@ -252,20 +254,24 @@ class Stage:
                 raise UserError(f"{self.store} was finished by an earlier version of ubgen; {self._advice()}")
         elif (run is not None and "engine key" in run) or _FORMER_MARKS & set(entries):
             raise UserError(
-                f"--out: {self.store} was begun by an earlier version of ubgen, whose runs this one cannot continue; "
-                "choose another --out, or remove it"
+                f"{self._option}: {self.store} was begun by an earlier version of ubgen, whose runs this one cannot "
+                f"continue; choose another {self._option}, or remove it"
             )
         else:
             strange = next((name for name in entries if name not in (RUN, MANIFEST)), entries[0])
             raise UserError(
-                f"--out: {self.store} is not a directory of {_command(self.name)} (it holds {strange}); "
+                f"{self._option}: {self.store} is not a directory of {_command(self.name)} (it holds {strange}); "
                 "choose an empty or new one"
             )
 
     def _advice(self) -> str:
         if self.overwrite is None:
-            return "choose another --out"
-        return "use the same, choose another --out, or pass --overwrite to start again"
+            return f"choose another {self._option}"
+        return f"use the same, choose another {self._option}, or pass --overwrite to start again"
+
+    @property
+    def _option(self) -> str:
+        return "OUT" if self.name == "convert" else "--out"
 
     @contextmanager
     def hold(self) -> Iterator["Stage"]:

@@ -13,6 +13,7 @@ from ubgen.dataset.text import escape, plain, score_titles
 
 CLASSES = "classes.json"
 CARD = "README.md"
+REJECTIONS = "rejections.jsonl"
 SYNTHETIC = (
     "All images are synthetic: a diffusion model generated them. None shows a real scene, person or object."
 )

@@ -15,7 +15,6 @@ from ubgen import __version__
 from ubgen.core.files import Store, open_store
 from ubgen.dataset.card import CLASSES, SYNTHETIC, CardFacts
 from ubgen.dataset.shards import ShardInfo, finished_shards
-from ubgen.dataset.stats import read_sidecar
 from ubgen.dataset.text import plain
 
 CROISSANT = "croissant.json"
@@ -58,8 +57,8 @@ def _tables(shards: Sequence[ShardInfo], scores: Sequence[str], extension: str) 
     yield [["file", "shard", "class_index", *scores, "flag"]]
     for shard in shards:
         yield [
-            [f"{s['key']}.{extension}", shard.index, s["class_index"], *map(s.get, scores), s.get("flag")]
-            for s in read_sidecar(shard)["samples"]
+            [f"{s.key}.{extension}", shard.index, s.class_index, *map(s.scores.get, scores), s.flag]
+            for s in shard.read().samples
         ]
 
 

@@ -15,7 +15,7 @@ from ubgen.core.errors import UserError
 from ubgen.core.files import Store, open_store
 from ubgen.core.stage import MANIFEST, read_manifest
 from ubgen.dataset.card import read_classes
-from ubgen.dataset.shards import ShardInfo, finished_shards
+from ubgen.dataset.shards import SampleRecord, ShardInfo, finished_shards
 
 
 class Sample(NamedTuple):
@@ -72,8 +72,8 @@ class ShardDataset(Sequence[Sample]):
                     label, image, meta = self._row(number, row)
                     yield self._sample(label, *(_bytes(file, *place) for place in (image, meta)))
 
-    def entries(self) -> Iterator[dict[str, Any]]:
-        """Key, class index and scores of every sample, without opening a tar; one sidecar at a time in memory."""
+    def entries(self) -> Iterator[SampleRecord]:
+        """Key, class index, scores and flag of every sample, without opening a tar; one sidecar at a time in memory."""
         for shard in self.shards:
             yield from shard.samples()
 
@@ -119,22 +119,14 @@ class ShardDataset(Sequence[Sample]):
 
 
 def _table(shard: ShardInfo, classes: int) -> _Table:
-    """UserError where the sidecar points outside the tar or names a class that there is not."""
+    """UserError where the sidecar points outside the tar, or names a class that classes.json does not have."""
     samples = shard.samples()
-    try:
-        labels = np.array([s["class_index"] for s in samples], np.int32)
-        places = np.array([[s["image"], s["json"]] for s in samples], np.int64).reshape(-1, 2, 2)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise _damaged(shard) from None
+    labels = np.array([sample.class_index for sample in samples], np.int32)
+    places = np.array([[sample.image, sample.json] for sample in samples], np.int64).reshape(-1, 2, 2)
     offsets, sizes = places[..., 0], places[..., 1]
-    inside = (offsets >= 0).all() and (sizes >= 0).all() and (offsets + sizes <= shard.bytes).all()
-    if not inside or not ((labels >= 0) & (labels < classes)).all():
-        raise _damaged(shard)
+    if (labels >= classes).any() or (sizes > shard.bytes).any() or (offsets > shard.bytes - sizes).any():
+        raise shard.damaged()
     return _Table(labels, offsets.copy(), sizes.astype(np.int32))
-
-
-def _damaged(shard: ShardInfo) -> UserError:
-    return UserError(f"{shard.store.address(shard.sidecar)} is damaged; make the shard again")
 
 
 def _decode(data: bytes) -> Image.Image:
@@ -182,20 +174,28 @@ def open_dataset(path: str | Path | Store, *, partial: bool = False) -> ShardDat
     UserError when the directory is unfinished, holds no shards, or a shard is missing or of the wrong size.
     """
     store = open_store(path)
-    expected = None
-    if not partial or store.size(MANIFEST) is not None:
-        expected = read_manifest(store, "synth")["dataset"]["shards"]
-    shards = _finished_shards(store, expected)
-    if not shards:
-        raise UserError(f"{store} holds no finished shard (shard-000000.tar with its .json)")
-    return ShardDataset(store, shards, read_classes(store))
-
-
-def _finished_shards(store: Store, expected: int | None) -> list[ShardInfo]:
-    found = finished_shards(store, None if expected is None else range(expected))
-    missing = next((index for index in range(expected or 0) if index not in found), None)
+    expected = None if partial and store.size(MANIFEST) is None else expected_shards(store)
+    shards = finished_shards(store, None if expected is None else range(expected))
+    missing = next((index for index in range(expected or 0) if index not in shards), None)
     if missing is not None:
         raise UserError(
             f"{store}: shard {missing} of {expected} is missing or damaged; run ubgen-synth again to make it"
         )
-    return list(found.values())
+    if not shards:
+        raise no_shards(store)
+    return ShardDataset(store, list(shards.values()), read_classes(store))
+
+
+def expected_shards(store: Store) -> int:
+    """How many shards a finished dataset has: one of ubgen-synth, or a conversion to WebDataset shards."""
+    manifest = read_manifest(store, "synth", "convert")
+    shards, to = manifest.get("dataset", {}).get("shards"), manifest.get("config", {}).get("to")
+    if manifest["stage"] == "convert" and to != "webdataset":
+        raise UserError(f"{store} is a conversion to {to}; expected WebDataset shards")
+    if type(shards) is not int:
+        raise UserError(f"{store.address(MANIFEST)} does not say how many shards there are")
+    return shards
+
+
+def no_shards(store: Store) -> UserError:
+    return UserError(f"{store} holds no finished shard (shard-000000.tar with its .json)")

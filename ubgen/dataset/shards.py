@@ -6,32 +6,37 @@ Keys are digits made from the sample's place in the dataset, never from a class 
 The sidecar is one JSON object whose head says enough to tell a whole shard, so that thousands are looked through
 quickly: shard, count, bytes (of the tar), sha256 (of the tar), extension (of the images), rest (bytes of the sidecar
 from `"samples"` to its end), then samples and rejected.
+
+Tar members are USTAR (IEEE Std 1003.1, pax), as `tarfile` writes them but quicker: only name, size and checksum differ
+between headers. The index is what DALI's `wds2idx` writes, for `fn.readers.webdataset`.
 """
 
 import hashlib
-import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+import sys
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 from ubgen.core.errors import UserError
 from ubgen.core.files import Store, open_store
-from ubgen.dataset.index import index_line, index_text
-from ubgen.dataset.metadata import mark_synthetic
-from ubgen.dataset.tar import BLOCK, archive_end, member, padded
+from ubgen.dataset.images import encode_image
 
-JPEG_QUALITY = 95
 EXTENSIONS = ("jpg", "png")
+BLOCK = tarfile.BLOCKSIZE
+Place = tuple[int, int]
+"""Offset and size of a member's bytes in the tar."""
+_MEMBERS = ("image", "cls", "json")
+_NOT_SCORES = {"key", "class_index", "flag", *_MEMBERS}
 _FILE = re.compile(r"shard-(\d{6,})\.(?:tar|idx|json)|\.shard-(\d{6,})\.(?:tar|idx|json)\..+\.tmp")
 _SAMPLES = b'"samples":'
 _HEAD = 1024  # bytes that hold the sidecar's head
@@ -50,22 +55,57 @@ def shard_files(names: Iterable[str]) -> dict[str, int]:
     return {name: int(match[1] or match[2]) for name, match in matches if match}
 
 
-def encode_image(image: Image.Image | np.ndarray, extension: str) -> bytes:
-    """PNG (lossless), or JPEG of quality 95 without chroma subsampling; both say that the image is synthetic.
-
-    `image` may be an array (H,W,3) of uint8.
-    """
-    if extension == "png":
-        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG", compress_level=6)
-        return mark_synthetic(buffer.getvalue())
-    pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
-    # not Pillow, which holds Python's lock while it encodes: more threads would be no faster, and others would wait
-    data = simplejpeg.encode_jpeg(
-        np.ascontiguousarray(pixels), JPEG_QUALITY, colorspace="RGB", colorsubsampling="444", fastdct=False
+def number(value: object) -> float | None:
+    """A score; None for what is not a finite number, which metadata of others may hold."""
+    usable = (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     )
-    return mark_synthetic(data)
+    return float(value) if usable else None  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRecord:
+    """A sample's entry in the sidecar."""
+
+    key: str
+    class_index: int
+    scores: dict[str, float | None]
+    """None where a score was not finite."""
+    flag: str | None
+    """Why the sample was kept although it was not acceptable."""
+    image: Place
+    cls: Place
+    json: Place
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any]) -> "SampleRecord":
+        """KeyError, TypeError or ValueError for what `to_entry` cannot have given."""
+        scores = {name: number(value) for name, value in entry.items() if name not in _NOT_SCORES}
+        (label,) = _integers([entry["class_index"]], 1, 2**31)
+        places = [_integers(entry[name], 2, 2**63) for name in _MEMBERS]
+        return cls(str(entry["key"]), label, scores, entry.get("flag"), *places)  # type: ignore[arg-type]
+
+    def to_entry(self) -> dict[str, Any]:
+        places = {"image": self.image, "cls": self.cls, "json": self.json}
+        return {"key": self.key, **annotations(self.class_index, self.scores, self.flag), **places}
+
+
+def _integers(values: Any, count: int, limit: int) -> tuple[int, ...]:
+    if len(values) != count or not all(type(value) is int and 0 <= value < limit for value in values):
+        raise ValueError(f"{values!r}: expected {count} integers")
+    return tuple(values)
+
+
+def annotations(class_index: int, scores: Mapping[str, float | None], flag: str | None) -> dict[str, Any]:
+    """What the sidecar and KEY.json both say of a sample."""
+    return {"class_index": class_index, **scores, **({} if flag is None else {"flag": flag})}
+
+
+class Sidecar(NamedTuple):
+    """What follows the head."""
+
+    samples: list[SampleRecord]
+    rejected: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -90,26 +130,33 @@ class ShardInfo:
     def sidecar(self) -> str:
         return f"{shard_name(self.index)}.json"
 
-    def samples(self) -> list[dict[str, Any]]:
-        """An entry for each sample, read from the sidecar now; UserError if it is damaged.
+    def read(self) -> Sidecar:
+        """The sidecar as it is now; UserError if it is damaged."""
+        try:
+            content = json.loads(self.store.read(self.sidecar))
+            sidecar = Sidecar([SampleRecord.from_entry(e) for e in content["samples"]], content["rejected"])
+            if all(isinstance(entry, dict) for entry in sidecar.rejected):
+                return sidecar
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            pass
+        raise self.damaged()
 
-        Each has "key", "class_index", its scores (None where one was not finite), "flag" where the sample was kept
-        although it was not acceptable, and "image", "cls" and "json": [offset, size] of the bytes in the tar.
-        """
-        return self._list("samples", self.count)
+    def samples(self) -> list[SampleRecord]:
+        """The sidecar's samples, as many as its head states."""
+        samples = self.read().samples
+        if len(samples) != self.count:
+            raise self.damaged()
+        return samples
 
     def rejected(self) -> list[dict[str, Any]]:
         """The ledger: what was drawn and rejected while this shard was made."""
-        return self._list("rejected")
+        return self.read().rejected
 
-    def _list(self, name: str, count: int | None = None) -> list[dict[str, Any]]:
-        try:
-            entries = json.loads(self.store.read(self.sidecar))[name]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            entries = None
-        if not isinstance(entries, list) or count not in (None, len(entries)):
-            raise UserError(f"{self.store.address(self.sidecar)} is damaged; make the shard again")
-        return entries
+    def damaged(self) -> UserError:
+        return UserError(
+            f"{self.store.address(self.sidecar)} is damaged; ubgen-dataset verify --repair takes the shard away, "
+            "and the same ubgen-synth command makes it again"
+        )
 
 
 class ShardWriter:
@@ -158,20 +205,15 @@ class ShardWriter:
             raise ValueError(
                 f"{self._name}: position {position} comes after {self._last}; they must increase"
             )
-        key = f"{position:09d}"
-        about: dict[str, Any] = {"class_index": class_index, **_finite(scores or {})}
-        if flag is not None:
-            about["flag"] = flag
+        key, finite = f"{position:09d}", _finite(scores or {})
         members = {
             self._extension: image if isinstance(image, bytes) else encode_image(image, self._extension),
             "cls": str(class_index).encode(),
-            "json": _META({**meta, **about}).encode(),
+            "json": _META({**meta, **annotations(class_index, finite, flag)}).encode(),
         }
-        places = self._add(key, members)
-        first, *others = places.values()
-        entry = {"key": key, **about, "image": first, **dict(zip(("cls", "json"), others, strict=True))}
-        self._samples.append(_ENTRY(entry))
-        self._index.append(index_line(key, places))
+        record = SampleRecord(key, class_index, finite, flag, *self._add(key, members))
+        self._samples.append(_ENTRY(record.to_entry()))
+        self._index.append(_index_line(record, self._extension))
         self._last = position
 
     def reject(self, entry: Mapping[str, Any]) -> None:
@@ -185,23 +227,20 @@ class ShardWriter:
             self._stack.__exit__(kind, error, trace)
             return
         try:
-            self._append(archive_end(self._offset))
+            self._append(_archive_end(self._offset))
         except BaseException as failure:
             self._stack.__exit__(type(failure), failure, failure.__traceback__)
             raise
         self._drop_another_sidecar()
         self._stack.close()
-        self._store.write(f"{self._name}.idx", index_text(self._index))
+        self._store.write(f"{self._name}.idx", _index_text(self._index))
         self._store.write(f"{self._name}.json", self._sidecar())
 
-    def _add(self, key: str, members: Mapping[str, bytes]) -> dict[str, list[int]]:
-        """[offset, size] of each member's bytes."""
-        places = {}
-        parts = []
-        offset = self._offset
+    def _add(self, key: str, members: Mapping[str, bytes]) -> list[Place]:
+        places, parts, offset = [], [], self._offset
         for extension, data in members.items():
-            parts += member(f"{key}.{extension}", data)
-            places[extension] = [offset + BLOCK, len(data)]
+            parts += _tar_member(f"{key}.{extension}", data)
+            places.append((offset + BLOCK, len(data)))
             offset += BLOCK + padded(len(data))
         self._append(b"".join(parts))
         return places
@@ -237,6 +276,48 @@ def _finite(scores: Mapping[str, Any]) -> dict[str, Any]:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in scores.items()
     }
+
+
+_EMPTY = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+# the checksum counts its own field as spaces; empty name, and no size
+_SUM = sum(_EMPTY[:124]) + sum(_EMPTY[136:148]) + 8 * ord(" ") + sum(_EMPTY[156:])
+
+
+def padded(size: int) -> int:
+    """`size` rounded up to whole blocks."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def _tar_member(name: str, data: bytes) -> list[bytes]:
+    """Header, content and padding of a regular file. `name` is ASCII and at most 100 bytes, `data` under 8 GiB."""
+    path = name.encode("ascii")
+    size = b"%011o\0" % len(data)
+    if len(path) > 100 or len(size) > 12:
+        raise ValueError(f"{name}: name or content is too long for a tar header")
+    checksum = b"%06o\0 " % (_SUM + sum(path) + sum(size))
+    header = b"".join(
+        (path.ljust(100, b"\0"), _EMPTY[100:124], size, _EMPTY[136:148], checksum, _EMPTY[156:])
+    )
+    return [header, data, bytes(-len(data) % BLOCK)]
+
+
+def _archive_end(offset: int) -> bytes:
+    """What closes an archive of `offset` bytes: two empty blocks, and zeros up to a whole record."""
+    return bytes(-(offset + 2 * BLOCK) % tarfile.RECORDSIZE + 2 * BLOCK)
+
+
+def index_of(samples: Iterable[SampleRecord], extension: str) -> str:
+    """DALI's index of a shard: a line for each sample, with extension, offset, size and name of each member."""
+    return _index_text([_index_line(sample, extension) for sample in samples])
+
+
+def _index_line(sample: SampleRecord, extension: str) -> str:
+    members = {extension: sample.image, "cls": sample.cls, "json": sample.json}
+    return " ".join(f"{ext} {offset} {size} {sample.key}.{ext}" for ext, (offset, size) in members.items())
+
+
+def _index_text(lines: Sequence[str]) -> str:
+    return "\n".join((f"v1.2 {len(lines)}", *lines, ""))
 
 
 def finished_shard(where: str | Path | Store, index: int) -> ShardInfo | None:

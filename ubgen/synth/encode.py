@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ubgen.dataset import encode_image, mark_synthetic
-from ubgen.dataset.shards import JPEG_QUALITY
+from ubgen.dataset.images import JPEG_QUALITY
 from ubgen.synth.config import SynthConfig
 
 

@@ -9,8 +9,8 @@ from ubgen.core.stage import read_manifest
 from ubgen.dataset import Store, open_dataset
 from ubgen.dataset.card import CardFacts, write_card
 from ubgen.dataset.croissant import write_croissant
-from ubgen.dataset.pictures import write_pictures
-from ubgen.dataset.stats import dataset_stats
+from ubgen.dataset.tools.pictures import write_pictures
+from ubgen.dataset.tools.stats import dataset_stats
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.plan import LEDGER, Plan, exhausted_files
 

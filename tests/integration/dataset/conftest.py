@@ -1,6 +1,5 @@
 """One small dataset for each kind of image, with everything that the stage leaves beside the shards."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ubgen.core.stage import stage_directory
+from ubgen.core.stage import Stage
 from ubgen.dataset import (
     CardFacts,
     ShardWriter,
@@ -26,8 +25,8 @@ IMAGES, PER_SHARD = 24, 8
 
 def write(out: Path, extension: str) -> Path:
     """24 images of 4 classes in 3 shards; sample 20 alone has a flag. A class's images have its brightness."""
-    with stage_directory(out, "synth", {}) as stage:
-        (out / "run.json").write_text(json.dumps({"--per-class": 6}), encoding="utf-8")
+    with Stage(out, "synth", {"--per-class": 6}).hold() as stage:
+        stage.begin()
         write_classes(out, IDS, NAMES, NAMES)
         for shard in range(IMAGES // PER_SHARD):
             with ShardWriter(out, shard, extension) as writer:
@@ -40,20 +39,19 @@ def write(out: Path, extension: str) -> Path:
                     writer.write(position, Image.fromarray(pixels), label, meta, scores, flag)
         stats = dataset_stats(open_dataset(out, partial=True))
         facts = CardFacts(
-            "miniature",
-            IMAGES,
-            4,
-            3,
-            extension,
-            6,
-            "PNDM",
-            0,
-            "the class name",
-            "key",
-            "",
-            "mini",
-            "mit",
-            stats,
+            title="miniature",
+            images=IMAGES,
+            classes=4,
+            shards=3,
+            extension=extension,
+            per_class=6,
+            sampler="PNDM",
+            seed=0,
+            prompt="the class name",
+            engine_key="key",
+            base_model="mini",
+            licence="mit",
+            stats=stats,
         )
         write_card(out, facts)
         write_croissant(out, facts)

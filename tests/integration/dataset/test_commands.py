@@ -94,10 +94,13 @@ def test_convert(jpegs: Path, tmp_path: Path, run: Run) -> None:
     status, out, _ = run("convert", jpegs, tmp_path / "out", "--to", "webdataset", "--shard-size", 5)
     assert (status, out.strip()) == (0, f"24 images in {tmp_path / 'out'}")
     assert run("verify", tmp_path / "out")[0] == 0
-    status, _, error = run("convert", jpegs, tmp_path / "out", "--to", "parquet")
+    status, out, _ = run("convert", jpegs, tmp_path / "out", "--to", "webdataset", "--shard-size", 5)
+    assert (status, out.strip()) == (0, f"{tmp_path / 'out'} is finished, with 24 images; nothing was done")
+    status, _, error = run("convert", jpegs, tmp_path / "out", "--to", "parquet", "--shard-size", 5)
+    held = f"{tmp_path / 'out'} holds a finished run with another configuration"
     assert (status, error.strip()) == (
         2,
-        f"error: {tmp_path / 'out'} is already finished; choose another output directory",
+        f"error: {held} (to was 'webdataset', now 'parquet'); choose another OUT",
     )
 
 

@@ -8,9 +8,9 @@ import s3fs
 from moto.server import ThreadedMotoServer
 
 from ubgen.dataset import dataset_stats, open_dataset, open_store, write_pictures
-from ubgen.dataset.convert import Format, convert
-from ubgen.dataset.diff import diff
-from ubgen.dataset.verify import repair, verify
+from ubgen.dataset.tools.convert import Format, convert
+from ubgen.dataset.tools.diff import diff
+from ubgen.dataset.tools.verify import repair, verify
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,12 @@ def test_there_and_back(bucket: str, datasets_by_extension: Callable[[str], Path
     assert diff(local, remote).agrees(1.0)
     written: dict[Format, str] = {"folder": f"{bucket}/folder", "parquet": f"{bucket}/parquet"}
     for to, out in written.items():
-        assert convert(remote, out, to, 10) == 24
+        assert convert(remote, out, to, 10) == (24, True)
         straight = tmp_path / to
         convert(local, straight, to, 10)
         fetched = tmp_path / f"{to}-fetched"
         s3fs.S3FileSystem().get(out, str(fetched), recursive=True)
-        left_out = {"manifest.json", "convert.json", ".lock"}
+        left_out = {"manifest.json", "run.json", ".lock"}
         files = [
             {
                 str(p.relative_to(top)): p.read_bytes()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ubgen.dataset.convert import convert
+from ubgen.dataset.tools.convert import convert
 
 LABELS = [position % 4 for position in range(24)]
 SHARDS = "shard-{000000..000002}.tar"

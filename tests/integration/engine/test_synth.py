@@ -76,7 +76,7 @@ def test_the_dataset_is_whole_and_described(config: SynthConfig, dataset: Path) 
     }
     assert samples[7].class_name == samples[7].meta["prompt"] == "drake's egg"
     manifest = read_manifest(dataset, "synth")
-    scores = [entry["quality"] for entry in samples.entries()]
+    scores = [entry.scores["quality"] for entry in samples.entries()]
     assert manifest["stats"]["quality"]["mean"] == pytest.approx(sum(scores) / 20)
     assert all(1 <= score <= 5 for score in scores)
     pictures = ["contact-sheet.png", "contact-sheets/drake-s-egg.png", "scores.png", "throughput.png"]
@@ -192,15 +192,15 @@ def test_images_that_are_not_good_enough_are_drawn_again(
     config: SynthConfig, dataset: Path, tmp_path: Path
 ) -> None:
     """The threshold is the median of the undisturbed run: about half of the images need another attempt."""
-    median = float(np.median([e["clip_similarity"] for e in open_dataset(dataset).entries()]))
+    median = float(np.median([e.scores["clip_similarity"] for e in open_dataset(dataset).entries()]))
     picky = dataclasses.replace(config, out=str(tmp_path / "picky"), min_similarity=median, attempts=4)
     synthesise(picky)
     samples = open_dataset(picky.out)
     entries = list(samples.entries())
     assert len(entries) == 20
-    assert all(e["clip_similarity"] >= median or e["flag"] == "similarity" for e in entries)
+    assert all(e.scores["clip_similarity"] >= median or e.flag == "similarity" for e in entries)
     assert any(
-        e["clip_similarity"] >= median and s.meta["identity"]["attempt"]
+        e.scores["clip_similarity"] >= median and s.meta["identity"]["attempt"]
         for e, s in zip(entries, samples, strict=True)
     )
     ledger = [json.loads(line) for line in (tmp_path / "picky" / "rejections.jsonl").read_text().splitlines()]
@@ -238,7 +238,7 @@ def test_audit_renders_again_and_finds_what_was_changed(
     assert found.same_engine
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)
-    places = [entry["image"] for entry in open_dataset(copy).shards[0].samples()]
+    places = [entry.image for entry in open_dataset(copy).shards[0].samples()]
     longer, shorter = sorted(range(6), key=lambda i: -places[i][1])[
         :2
     ]  # the bytes after a PNG's end do not count

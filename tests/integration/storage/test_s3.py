@@ -13,7 +13,7 @@ from PIL import Image
 
 from ubgen.core import files
 from ubgen.core.errors import UserError
-from ubgen.core.stage import read_manifest, stage_directory
+from ubgen.core.stage import Stage, read_manifest
 from ubgen.dataset import (
     LabelledImages,
     ShardWriter,
@@ -28,7 +28,8 @@ NAMES = ["ant", "../bee", "crane\n"]
 
 
 def write_dataset(out: str | Path, shards: int = 3, per_shard: int = 4) -> None:
-    with stage_directory(out, "synth", {}) as stage:
+    with Stage(out, "synth", {}).hold() as stage:
+        stage.begin()
         write_classes(stage.store, ["a", "b", "c"], NAMES, NAMES)
         for shard in range(shards):
             with ShardWriter(stage.store, shard, "png") as writer:
@@ -46,8 +47,8 @@ def test_the_same_bytes_as_on_disk(url: str, tmp_path: Path) -> None:
     write_dataset(url)
     write_dataset(tmp_path / "d")
     there, here = open_store(url), open_store(tmp_path / "d")
-    names = [name for name in here.names() if name not in (".lock", "manifest.json")]
-    assert [name for name in there.names() if name != "manifest.json"] == names
+    names = [name for name in here.names() if name not in (".lock", "manifest.json", "run.json")]
+    assert [name for name in there.names() if name not in ("manifest.json", "run.json")] == names
     assert len(names) == 10
     assert {name: there.read(name) for name in names} == {name: here.read(name) for name in names}
     assert there.sizes()["shard-000001.tar"] == here.size("shard-000001.tar")
@@ -71,7 +72,7 @@ def test_read_by_index_in_order_and_in_workers(url: str) -> None:
 
 def test_unfinished_missing_and_damaged(url: str) -> None:
     store = open_store(url)
-    with pytest.raises(UserError, match="unfinished or not a ubgen synth directory"):
+    with pytest.raises(UserError, match="unfinished or not a ubgen synth or convert directory"):
         open_dataset(url)
     write_dataset(url)
     store.delete("shard-000001.json")
@@ -120,7 +121,7 @@ def test_of_many_that_create_a_file_one_succeeds(url: str) -> None:
 def test_a_missing_bucket_is_named(url: str) -> None:
     with (
         pytest.raises(UserError, match=r"s3://nowhere/d/\.lock: cannot write \(.*bucket does not exist"),
-        stage_directory("s3://nowhere/d", "synth", {}),
+        Stage("s3://nowhere/d", "synth", {}).hold(),
     ):
         pass
 

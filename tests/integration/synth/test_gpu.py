@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ubgen.dataset import is_marked_synthetic, open_dataset, open_store
-from ubgen.dataset.verify import verify
+from ubgen.dataset.tools.verify import verify
 from ubgen.synth import SynthConfig, audit, synthesise
 from ubgen.synth.encode import NvjpegEncoder
 from ubgen.synth.generator import Scored

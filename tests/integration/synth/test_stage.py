@@ -18,7 +18,7 @@ import torch
 from ubgen.core.errors import UserError
 from ubgen.core.stage import read_manifest
 from ubgen.dataset import is_marked_synthetic, open_dataset, open_store
-from ubgen.dataset.verify import verify
+from ubgen.dataset.tools.verify import verify
 from ubgen.synth import SynthConfig, synthesise
 from ubgen.synth.accounts import account_files
 from ubgen.synth.plan import Item
@@ -102,7 +102,7 @@ def test_of_two_runs_on_one_directory_the_second_refuses(
 def test_a_damaged_shard_is_found_and_made_again(
     settings: Settings, stand_ins: ModuleType, undisturbed: Path, tmp_path: Path
 ) -> None:
-    from ubgen.dataset.verify import repair
+    from ubgen.dataset.tools.verify import repair
 
     out = tmp_path / "out"
     make(settings(out), stand_ins)

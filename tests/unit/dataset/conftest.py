@@ -1,6 +1,5 @@
 """Small datasets, written as the stage writes them."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ubgen.core.stage import stage_directory
+from ubgen.core.stage import Stage
 from ubgen.dataset import ShardWriter, write_classes
 
 HOSTILE = [
@@ -52,8 +51,8 @@ def make() -> Callable[..., Path]:
         """`change` may edit image, label, meta, scores and flag of a sample before it is written."""
         ids = ids or [f"n{i:03d}" for i in range(len(names))]
         images = shards * per_shard
-        with stage_directory(out, "synth", {}) as stage:
-            (out / "run.json").write_text(json.dumps({"--per-class": images // len(names), "--seed": 0}))
+        with Stage(out, "synth", {"--per-class": images // len(names), "--seed": 0}).hold() as stage:
+            stage.begin()
             write_classes(out, ids, names, names)
             for shard in range(shards):
                 with ShardWriter(out, shard, extension) as writer:

@@ -16,9 +16,9 @@ from PIL import Image
 from ubgen.core.errors import UserError
 from ubgen.core.locks import hold
 from ubgen.dataset import open_dataset, open_store
-from ubgen.dataset.convert import Format, convert
-from ubgen.dataset.formats import directory_names, unique_names
-from ubgen.dataset.verify import verify
+from ubgen.dataset.tools.convert import Format, convert
+from ubgen.dataset.tools.formats import directory_names, unique_names
+from ubgen.dataset.tools.verify import verify
 
 Make = Callable[..., Path]
 FORMATS: tuple[Format, ...] = ("folder", "parquet", "webdataset")
@@ -49,7 +49,10 @@ def test_the_same_samples_in_every_layout(
 ) -> None:
     source = make(tmp_path / "d", hostile, shards=3, per_shard=10, extension=extension)
     seen: list[tuple[int, int]] = []
-    assert convert(source, tmp_path / "out", to, 7, lambda done, total: seen.append((done, total))) == 30
+    assert convert(source, tmp_path / "out", to, 7, lambda done, total: seen.append((done, total))) == (
+        30,
+        True,
+    )
     dataset = open_dataset(source)
     want = [(f"{i:09d}", s.label, dataset.encoded(i)[0], s.meta["prompt"]) for i, s in enumerate(dataset)]
     if to != "webdataset":  # lone surrogates cannot be stored as UTF-8
@@ -68,12 +71,8 @@ def test_new_shards_are_a_whole_dataset_with_its_ledger(tmp_path: Path, make: Ma
     result = verify(tmp_path / "out")
     assert result.problems == []
     assert (result.shards, result.images, result.rejected) == (3, 12, 2)
-    scores = [
-        (e["key"], e["clip_similarity"], e["quality"]) for e in open_dataset(tmp_path / "out").entries()
-    ]
-    assert scores == [
-        (e["key"], e["clip_similarity"], e["quality"]) for e in open_dataset(tmp_path / "d").entries()
-    ]
+    scores = [(e.key, e.scores) for e in open_dataset(tmp_path / "out").entries()]
+    assert scores == [(e.key, e.scores) for e in open_dataset(tmp_path / "d").entries()]
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -93,7 +92,7 @@ def test_an_interrupted_conversion_continues(tmp_path: Path, make: Make, to: For
     assert len(kept) == {"folder": 8, "parquet": 2, "webdataset": 2}[to]
     if to == "folder":
         (out / "n000" / "000000010.jpg").write_bytes(b"torn by a kill")
-    assert convert(source, out, to, 4) == 12
+    assert convert(source, out, to, 4) == (12, True)
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     convert(source, straight, to, 4)
     assert tree(out) == tree(straight)
@@ -122,19 +121,38 @@ def test_a_damaged_part_is_made_again(tmp_path: Path, make: Make) -> None:
 def test_an_output_that_holds_something_else_is_refused(tmp_path: Path, make: Make) -> None:
     source, out = make(tmp_path / "d"), tmp_path / "out"
     (out / "photos").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds something else \(photos\)"):
+    with pytest.raises(UserError, match=r"not a directory of ubgen-dataset convert \(it holds photos\)"):
         convert(source, out, "folder")
     (out / "photos").rmdir()
     convert(source, out, "folder")
-    with pytest.raises(UserError, match="already finished"):
-        convert(source, out, "folder")
-    (out / "manifest.json").unlink()
-    with pytest.raises(UserError, match="another conversion"):
+    with pytest.raises(
+        UserError, match=r"a finished run with another configuration .shard_size was 1000, now 3"
+    ):
         convert(source, out, "folder", 3)
+    (out / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"an unfinished run .*to was 'folder', now 'parquet'.*another OUT"):
+        convert(source, out, "parquet")
     with pytest.raises(UserError, match="the dataset itself"):
         convert(source, source, "folder")
     with pytest.raises(UserError, match="--shard-size"):
         convert(source, tmp_path / "new", "folder", 0)
+
+
+def test_a_finished_conversion_is_left_as_it_is(tmp_path: Path, make: Make) -> None:
+    source, out = make(tmp_path / "d"), tmp_path / "out"
+    convert(source, out, "folder")
+    files = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"}
+    assert convert(source, out, "folder") == (12, False)
+    assert {p: p.stat().st_mtime_ns for p in files} == files
+
+
+def test_shards_made_anew_are_a_source_again(tmp_path: Path, make: Make) -> None:
+    convert(make(tmp_path / "d"), tmp_path / "shards", "webdataset", 5)
+    convert(tmp_path / "d", tmp_path / "straight", "parquet")
+    convert(tmp_path / "shards", tmp_path / "out", "parquet")
+    assert content(tmp_path / "out", "parquet") == content(tmp_path / "straight", "parquet")
+    with pytest.raises(UserError, match="is a conversion to parquet; expected WebDataset shards"):
+        convert(tmp_path / "out", tmp_path / "again", "folder")
 
 
 def test_only_one_converts_at_a_time(tmp_path: Path, make: Make) -> None:
@@ -189,7 +207,7 @@ def test_tars_of_others(tmp_path: Path, to: Format) -> None:
         members += [(f"{key}.json", b'{"prompt": "p", "quality": NaN, "flag": 3}')]
     source = foreign(tmp_path / "src" / "a.tar", members, format=tarfile.GNU_FORMAT)
     foreign(tmp_path / "src" / "b.tar", [("d.cls", b"1"), ("d.jpg", jpeg(9))], format=tarfile.PAX_FORMAT)
-    assert convert(source, tmp_path / "out", to, 3) == 4
+    assert convert(source, tmp_path / "out", to, 3) == (4, True)
     if to == "webdataset":
         labels = [s.label for s in open_dataset(tmp_path / "out")]
     else:

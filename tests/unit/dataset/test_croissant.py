@@ -35,9 +35,9 @@ def test_the_table_of_samples(tmp_path: Path, make: Callable[..., Path]) -> None
     write_croissant(out, facts(out, "jpg"))
     rows = list(csv.DictReader((out / "samples.csv").open(encoding="utf-8")))
     entries = list(open_dataset(out).entries())
-    assert [row["file"] for row in rows] == [f"{e['key']}.jpg" for e in entries]
-    assert [int(row["class_index"]) for row in rows] == [e["class_index"] for e in entries]
-    assert [float(row["quality"]) for row in rows] == [e["quality"] for e in entries]
+    assert [row["file"] for row in rows] == [f"{e.key}.jpg" for e in entries]
+    assert [int(row["class_index"]) for row in rows] == [e.class_index for e in entries]
+    assert [float(row["quality"]) for row in rows] == [e.scores["quality"] for e in entries]
     assert [int(row["shard"]) for row in rows] == [0] * 6 + [1] * 6
     assert [row["flag"] for row in rows] == ["quality" if i == 5 else "" for i in range(12)]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ubgen.core.errors import UserError
-from ubgen.core.stage import stage_directory
+from ubgen.core.stage import Stage
 from ubgen.dataset import LabelledImages, ShardWriter, finished_shard, open_dataset, write_classes
 
 HOSTILE = [
@@ -40,7 +40,8 @@ def picture(value: int) -> Image.Image:
 def write_dataset(
     out: Path, names: list[str], shards: int = 2, per_shard: int = 4, extension: str = "png"
 ) -> Path:
-    with stage_directory(out, "synth", {}) as stage:
+    with Stage(out, "synth", {}).hold() as stage:
+        stage.begin()
         write_classes(out, [f"c{i}" for i in range(len(names))], names, names)
         for shard in range(shards):
             with ShardWriter(out, shard, extension) as writer:
@@ -85,7 +86,7 @@ def test_pixels_labels_and_scores_come_back(tmp_path: Path) -> None:
         assert dataset[i].meta == sample.meta
     assert dataset[-1].label == dataset[7].label
     assert [s.label for s in dataset[2:5]] == [2, 0, 1]
-    assert [entry["quality"] for entry in dataset.entries()] == [i / 8 for i in range(8)]
+    assert [entry.scores["quality"] for entry in dataset.entries()] == [i / 8 for i in range(8)]
     with pytest.raises(IndexError):
         dataset[8]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ubgen.dataset.diff import diff
+from ubgen.dataset.tools.diff import diff
 
 Change = Callable[[int, dict[str, Any]], None]
 
@@ -72,7 +72,8 @@ def test_scores_and_plan(tmp_path: Path, make: Callable[..., Path]) -> None:
             sample["scores"]["late"] = 1.0
 
     a, b = make(tmp_path / "a"), make(tmp_path / "b", change=change)
-    (b / "run.json").write_text(json.dumps({"--per-class": 6, "--seed": 1}))
+    run = b / "run.json"
+    run.write_text(run.read_text().replace('"--seed": 0', '"--seed": 1'))
     result = diff(a, b)
     assert result.plan == ["--seed"]
     assert result.scores == pytest.approx({"quality": 0.11, "clip_similarity": 0, "late": math.inf})

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ubgen.dataset import dataset_stats, is_marked_synthetic, open_dataset, write_pictures
-from ubgen.dataset.charts import draw_charts, score_figure, throughput_figure
+from ubgen.dataset.tools.charts import score_figure, throughput_figure
 
 RED = (255, 0, 0)
 
@@ -61,14 +61,6 @@ def test_of_many_classes_the_worst_are_drawn(tmp_path: Path, make: Callable[...,
     assert {p.name for p in stale.iterdir()} == {f"n{i:03d}.png" for i in range(30, 130)}
     write_pictures(open_dataset(out), out, sheets=None)
     assert {p.name for p in stale.iterdir()} == {f"n{i:03d}.png" for i in range(130)}
-
-
-def test_charts_are_the_same_from_another_process(tmp_path: Path, make: Callable[..., Path]) -> None:
-    stats = dataset_stats(open_dataset(make(tmp_path / "d")))
-    moments = [(0.0, 0), (1.5, 10), (2.0, 30)]
-    wanted = {"scores": score_figure(stats), "throughput": throughput_figure(moments)}
-    assert draw_charts(stats, moments) == wanted
-    assert draw_charts({"scores": []}) == {}
 
 
 @pytest.mark.parametrize("pairs", [[], [(1.0, 5)], [(1.0, 5), (1.0, 6)]])

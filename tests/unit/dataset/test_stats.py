@@ -15,8 +15,8 @@ from ubgen.dataset import dataset_stats, open_dataset
 def test_figures_are_those_of_the_scores(tmp_path: Path, make: Callable[..., Path]) -> None:
     dataset = open_dataset(make(tmp_path / "d", ["a", "b", "c"]))
     entries = list(dataset.entries())
-    labels = np.array([e["class_index"] for e in entries])
-    quality = np.array([e["quality"] for e in entries])
+    labels = np.array([e.class_index for e in entries])
+    quality = np.array([e.scores["quality"] for e in entries])
     stats = dataset_stats(dataset)
     assert (stats["images"], stats["class_counts"], stats["flagged"]) == (12, [4, 4, 4], 0)
     assert stats["rejected"] == {"constant": 2}

@@ -10,7 +10,7 @@ import pytest
 
 from ubgen.core.errors import UserError
 from ubgen.dataset import ShardWriter
-from ubgen.dataset.verify import repair, verify
+from ubgen.dataset.tools.verify import repair, verify
 
 Make = Callable[..., Path]
 
@@ -25,7 +25,7 @@ def test_a_whole_dataset(tmp_path: Path, make: Make, extension: str) -> None:
     assert result.problems == []
     assert (result.shards, result.images, result.rejected, result.class_counts) == (2, 12, 2, [6, 6])
     assert result.bytes == sum(p.stat().st_size for p in out.glob("*.tar"))
-    assert seen == [(1, 2), (2, 2)]
+    assert seen == [(0, 2), (1, 2), (2, 2)]
 
 
 def flip(path: Path, place: int) -> None:
@@ -68,7 +68,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no such label": (
         lambda d: tampered(d, lambda s: s["samples"][0].update(class_index=2)),
-        "class 2, which",
+        "has class 2; classes.json has 2 classes",
     ),
     "a huge label": (
         lambda d: tampered(d, lambda s: s["samples"][0].update(class_index=2**70)),
@@ -84,7 +84,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a place of text": (
         lambda d: tampered(d, lambda s: s["samples"][0].update(image="x")),
-        "cannot be checked",
+        "is damaged",
     ),
     "a sample twice": (
         lambda d: tampered(d, lambda s: s["samples"].insert(1, s["samples"][0])),
@@ -93,7 +93,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a sample less": (lambda d: tampered(d, lambda s: s["samples"].pop()), "states 6 samples and lists 5"),
     "a strange rejection": (
         lambda d: tampered(d, lambda s: s["rejected"][0].pop("reason")),
-        "without reason",
+        "without a reason",
     ),
 }
 
@@ -144,7 +144,7 @@ def test_images_that_do_not_decode(tmp_path: Path, make: Make) -> None:
 
 def test_counts_and_ledger_of_the_whole(tmp_path: Path, make: Make) -> None:
     out = make(tmp_path / "d")
-    (out / "run.json").write_text('{"--per-class": 7}')
+    (out / "run.json").write_text('{"stage": "synth", "identity": {"--per-class": 7}}')
     (out / "rejections.jsonl").write_text(
         '{"class_index": 0, "image_index": 0, "attempt": 0, "reason": "constant"}\n'
     )

@@ -6,7 +6,7 @@ sensible size is refused.
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,7 +19,7 @@ _LARGEST_IMAGE = 1 << 28  # bytes; also of the header blocks, which tarfile read
 
 
 @dataclass(frozen=True)
-class TarSample:
+class SourceSample:
     """One sample as it lies in a tar: `image` is encoded, `extension` jpg or png, `meta` the content of KEY.json."""
 
     key: str
@@ -27,6 +27,10 @@ class TarSample:
     extension: str
     label: int
     meta: dict[str, Any]
+    position: int = 0
+    """Its number in the conversion's output."""
+    rejected: Sequence[Mapping[str, Any]] = ()
+    """Ledger entries that are written with it."""
 
 
 class _Member(NamedTuple):
@@ -35,7 +39,7 @@ class _Member(NamedTuple):
     info: tarfile.TarInfo
 
 
-def read_samples(store: Store, name: str, skip: int = 0) -> Iterator[TarSample]:
+def read_samples(store: Store, name: str, skip: int = 0) -> Iterator[SourceSample]:
     """The samples of the tar `name` after the first `skip`, whose content is not read.
 
     UserError naming tar and member: for a member that is a link, a device or sparse, whose name is absolute, climbs
@@ -123,13 +127,13 @@ def _grouped(members: Iterator[_Member], where: str) -> Iterator[dict[str, _Memb
         yield group
 
 
-def _sample(file: BinaryIO, members: dict[str, _Member], where: str) -> TarSample:
+def _sample(file: BinaryIO, members: dict[str, _Member], where: str) -> SourceSample:
     image = _image_member(members, where)
     data = _content(file, image, where)
     if not data.startswith(IMAGES[image.extension]):
         raise UserError(f"{where}: member {image.info.name[:100]!r} is not the image that its name says")
     extension = "jpg" if image.extension == "jpeg" else image.extension
-    return TarSample(image.key, data, extension, _label(file, members, where), _meta(file, members, where))
+    return SourceSample(image.key, data, extension, _label(file, members, where), _meta(file, members, where))
 
 
 def _image_member(members: dict[str, _Member], where: str) -> _Member:

@@ -13,11 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from ubgen.core.files import Store, open_store
-from ubgen.dataset.charts import draw_charts
-from ubgen.dataset.metadata import XMP
+from ubgen.dataset.images import XMP
 from ubgen.dataset.reader import ShardDataset
-from ubgen.dataset.stats import dataset_stats
 from ubgen.dataset.text import plain, safe_names, score_titles
+from ubgen.dataset.tools.charts import score_figure, throughput_figure
+from ubgen.dataset.tools.stats import dataset_stats
 
 SHEET = "contact-sheet.png"
 SHEETS = "contact-sheets"
@@ -25,7 +25,6 @@ DEFAULT_SHEETS = 100
 """Class sheets, if nobody says how many: a thousand would be 64,000 images to read, from object storage too."""
 SCORES = "scores.png"
 THROUGHPUT = "throughput.png"
-_CHARTS = {"scores": SCORES, "throughput": THROUGHPUT}
 _ROWS, _COLUMNS = 40, 8
 _PER_CLASS = 64
 _CELL, _LABEL, _GAP, _HEADER = 96, 190, 4, 50
@@ -54,19 +53,12 @@ def write_pictures(
     with ThreadPoolExecutor(_READERS) as readers:
         _write_png(store, SHEET, _overview(dataset, places, readers))
         written = [SHEET, *_write_class_sheets(dataset, store, chosen, places, stats, note, readers)]
-    for name, chart in draw_charts(stats, throughput).items():
-        store.write(_CHARTS[name], chart)
-        written.append(_CHARTS[name])
+    charts = {SCORES: score_figure(stats), THROUGHPUT: throughput_figure(throughput or [])}
+    for name, chart in charts.items():
+        if chart:
+            store.write(name, chart)
+            written.append(name)
     return written
-
-
-def directory_in(store: Store, name: str) -> Store:
-    """The directory `name` in a store; it is made where directories have to be made."""
-    inner = open_store(store.address(name))
-    if inner.local_path:
-        inner.local_path.mkdir(exist_ok=True)
-        inner.delete_leftovers()  # of a run that was killed while it wrote pictures
-    return inner
 
 
 def _chosen_classes(stats: Mapping[str, Any], most: int | None) -> tuple[list[int], str]:
@@ -127,7 +119,10 @@ def _write_class_sheets(
     note: str,
     readers: ThreadPoolExecutor,
 ) -> Iterator[str]:
-    sheets = directory_in(store, SHEETS)
+    sheets = open_store(store.address(SHEETS))
+    if sheets.local_path:
+        sheets.local_path.mkdir(exist_ok=True)
+        sheets.delete_leftovers()  # of a run that was killed while it wrote pictures
     files = [f"{name}.png" for name in safe_names([entry["id"] for entry in dataset.classes])]
     for old in set(sheets.names()) - {files[label] for label in chosen}:
         if old.endswith(".png"):

@@ -1,10 +1,6 @@
 """Charts as PNG, drawn without matplotlib's global state, so that they may be drawn anywhere."""
 
-import base64
 import io
-import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,30 +16,6 @@ _UNITS = (
     (120, 60.0, "minutes"),
     (0, 1.0, "seconds"),
 )
-
-
-def draw_charts(
-    stats: Mapping[str, Any], throughput: Sequence[tuple[float, int]] | None = None
-) -> dict[str, bytes]:
-    """`score_figure` as "scores" and `throughput_figure` as "throughput", those that there are.
-
-    A process of its own draws them: matplotlib would stay in this one, which may need its memory for other things.
-    """
-    command = [sys.executable, "-P", "-c", f"from {__name__} import _draw; _draw()"]
-    request = json.dumps({"stats": stats, "throughput": throughput}).encode()
-    # in a process group of its own, Ctrl-C reaches this process alone, which then ends that one
-    drawn = subprocess.run(command, input=request, stdout=subprocess.PIPE, check=True, process_group=0)
-    return {name: base64.b64decode(data) for name, data in json.loads(drawn.stdout).items()}
-
-
-def _draw() -> None:
-    """In that process."""
-    request = json.load(sys.stdin.buffer)
-    drawn = {
-        "scores": score_figure(request["stats"]),
-        "throughput": throughput_figure(request["throughput"] or []),
-    }
-    json.dump({name: base64.b64encode(data).decode() for name, data in drawn.items() if data}, sys.stdout)
 
 
 def score_figure(stats: Mapping[str, Any]) -> bytes | None:

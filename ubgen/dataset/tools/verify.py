@@ -18,18 +18,24 @@ from PIL import Image
 from ubgen.core.errors import UserError
 from ubgen.core.files import Store, open_store
 from ubgen.core.locks import hold
-from ubgen.core.stage import MANIFEST
-from ubgen.dataset.card import read_classes
-from ubgen.dataset.index import index_of
-from ubgen.dataset.shards import ShardInfo, finished_shards, shard_files, shard_name
-from ubgen.dataset.stats import read_sidecar
-from ubgen.dataset.tar import BLOCK, padded
+from ubgen.core.stage import MANIFEST, RUN, read_run
+from ubgen.dataset.card import CLASSES, REJECTIONS, read_classes
+from ubgen.dataset.reader import expected_shards, no_shards
+from ubgen.dataset.shards import (
+    BLOCK,
+    SampleRecord,
+    ShardInfo,
+    Sidecar,
+    annotations,
+    finished_shards,
+    index_of,
+    padded,
+    shard_files,
+    shard_name,
+)
 
-REJECTIONS = "rejections.jsonl"
-RUN = "run.json"
 _FORMATS = {"jpg": "JPEG", "png": "PNG"}
-_NOT_SCORES = {"key", "class_index", "image", "cls", "json", "flag"}
-_MOST = 20  # problems told of one shard
+_MOST = 20  # problems that are listed of one shard
 _CHUNK = 1 << 20
 
 Progress = Callable[[int, int], None]
@@ -93,7 +99,7 @@ def verify(
         raise UserError(f"--workers must be at least 1, not {workers}")
     store = open_store(where)
     classes = len(read_classes(store))
-    numbers = _expected_shards(store, classes)
+    numbers = _shard_numbers(store)
     found = finished_shards(store, numbers)
     total = np.zeros(classes, np.int64)
     images = size = 0
@@ -101,6 +107,7 @@ def verify(
     rejected: list[dict[str, Any]] = []
     last = ""
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+    progress(0, len(numbers))
     try:
         results = pool.map(lambda number: _check_shard(found.get(number), classes, decode), numbers)
         for done, (number, result) in enumerate(zip(numbers, results, strict=True), 1):
@@ -137,19 +144,14 @@ def repair(where: str | Path | Store, verified: Verified) -> list[str]:
     return names
 
 
-def _expected_shards(store: Store, classes: int) -> list[int]:
-    """As many as the manifest says, or the plan; of an unfinished dataset, those that have a sidecar."""
+def _shard_numbers(store: Store) -> list[int]:
+    """As many as the manifest says; of an unfinished dataset, those that have a sidecar."""
+    if store.size(MANIFEST) is not None:
+        return list(range(expected_shards(store)))
     files = shard_files(store.names())
-    manifest = _json(store, MANIFEST)
-    if manifest is not None:
-        try:
-            return list(range(manifest["dataset"]["shards"]))
-        except (KeyError, TypeError):
-            raise UserError(f"{store.address(MANIFEST)} is not of a dataset") from None
-    numbers = sorted({number for name, number in files.items() if name.endswith(".json")})
-    if not numbers:
-        raise UserError(f"{store} holds no finished shard (shard-000000.tar with its .json)")
-    return numbers
+    if numbers := sorted({number for name, number in files.items() if name.endswith(".json")}):
+        return numbers
+    raise no_shards(store)
 
 
 def _check_shard(shard: ShardInfo | None, classes: int, decode: bool) -> _Shard:
@@ -158,12 +160,12 @@ def _check_shard(shard: ShardInfo | None, classes: int, decode: bool) -> _Shard:
         result.problems.append("tar or sidecar is missing, or not of the size that the sidecar states")
         return result
     try:
-        sidecar = read_sidecar(shard)
-        samples = sidecar["samples"]
+        sidecar = shard.read()
         _check_sidecar(shard, sidecar, classes, result)
         with shard.store.open(shard.tar) as file:
-            _check_tar(file, shard, samples, decode, result)
-        if shard.store.read(f"{shard_name(shard.index)}.idx").decode() != index_of(samples, shard.extension):
+            _check_tar(file, shard, sidecar.samples, decode, result)
+        index = shard.store.read(f"{shard_name(shard.index)}.idx").decode()
+        if index != index_of(sidecar.samples, shard.extension):
             result.problems.append("its .idx does not index the tar")
     except UserError as error:
         result.problems.append(str(error))
@@ -177,51 +179,50 @@ def _check_shard(shard: ShardInfo | None, classes: int, decode: bool) -> _Shard:
     return result
 
 
-def _check_sidecar(shard: ShardInfo, sidecar: Mapping[str, Any], classes: int, result: _Shard) -> None:
-    samples = sidecar["samples"]
-    labels = np.array([sample["class_index"] for sample in samples], np.int64)
-    strange = (labels < 0) | (labels >= classes)
+def _check_sidecar(shard: ShardInfo, sidecar: Sidecar, classes: int, result: _Shard) -> None:
+    samples, result.rejected = sidecar
+    labels = np.array([sample.class_index for sample in samples], np.int64)
+    unknown = labels >= classes
     result.images, result.bytes = len(samples), shard.bytes
-    result.rejected = sidecar["rejected"]
-    result.counts += np.bincount(labels[~strange], minlength=classes)
+    result.counts += np.bincount(labels[~unknown], minlength=classes)
     if len(samples) != shard.count:
         result.problems.append(f"its sidecar states {shard.count} samples and lists {len(samples)}")
-    for index in np.flatnonzero(strange):
+    for index in np.flatnonzero(unknown):
         result.problems.append(
-            f"sample {samples[index]['key']} has class {labels[index]}, which there is not"
+            f"sample {samples[index].key} has class {labels[index]}; {CLASSES} has {classes} classes, from 0"
         )
-    keys = [str(sample["key"]) for sample in samples]
+    keys = [sample.key for sample in samples]
     result.first, result.last = (keys[0], keys[-1]) if keys else ("", "")
     for before, after in itertools.pairwise(keys):
         if before >= after:
             result.problems.append(f"key {after[:40]} does not follow {before[:40]}")
-    for entry in sidecar["rejected"]:
+    for entry in result.rejected:
         label = entry.get("class_index")
         if type(label) is not int or not 0 <= label < classes or not entry.get("reason"):
-            result.problems.append(f"a rejection without reason or with a strange class: {str(entry)[:100]}")
+            result.problems.append(f"a rejection without a reason or a known class: {str(entry)[:100]}")
 
 
 def _check_tar(
-    file: BinaryIO, shard: ShardInfo, samples: list[dict[str, Any]], decode: bool, result: _Shard
+    file: BinaryIO, shard: ShardInfo, samples: list[SampleRecord], decode: bool, result: _Shard
 ) -> None:
     """One pass: the tar is what the samples' places say, and has the checksum."""
     digest = hashlib.sha256()
     agrees = True
     place = 0
     for sample in samples:
-        members = {shard.extension: sample["image"], "cls": sample["cls"], "json": sample["json"]}
+        members = {shard.extension: sample.image, "cls": sample.cls, "json": sample.json}
         contents = {}
         for extension, (offset, size) in members.items():
-            agrees = agrees and offset == place + BLOCK and 0 <= size <= shard.bytes - offset
+            agrees = agrees and offset == place + BLOCK and size <= shard.bytes - offset
             if not agrees:
                 break
             block = file.read(BLOCK + padded(size))
             digest.update(block)
             place = offset + padded(size)
-            agrees = _is_member(block, f"{sample['key']}.{extension}", size)
+            agrees = _is_member(block, f"{sample.key}.{extension}", size)
             contents[extension] = block[BLOCK : BLOCK + size]
         if not agrees:
-            result.problems.append(f"the tar has no sample {str(sample['key'])[:40]} where the sidecar says")
+            result.problems.append(f"the tar has no sample {sample.key[:40]} where the sidecar says")
             break
         result.problems += _wrong_content(sample, contents, shard.extension, decode)
     while rest := file.read(_CHUNK):
@@ -242,18 +243,16 @@ def _is_member(block: bytes, name: str, size: int) -> bool:
 
 
 def _wrong_content(
-    sample: Mapping[str, Any], contents: Mapping[str, bytes], extension: str, decode: bool
+    sample: SampleRecord, contents: Mapping[str, bytes], extension: str, decode: bool
 ) -> list[str]:
-    key, problems = sample["key"], []
-    if contents["cls"] != str(sample["class_index"]).encode():
-        problems.append(f"{key}.cls is not the class {sample['class_index']} of the sidecar")
+    key, problems = sample.key, []
+    if contents["cls"] != str(sample.class_index).encode():
+        problems.append(f"{key}.cls is not the class {sample.class_index} of the sidecar")
     try:
         meta = json.loads(contents["json"])
-        agrees = all(meta[name] == value for name, value in sample.items() if name not in _NOT_SCORES)
-        agrees = (
-            agrees and meta["class_index"] == sample["class_index"] and meta.get("flag") == sample.get("flag")
-        )
-    except (ValueError, KeyError, TypeError, RecursionError):
+        stated = {"flag": None, **annotations(sample.class_index, sample.scores, sample.flag)}
+        agrees = all(meta.get(name) == value for name, value in stated.items())
+    except (ValueError, AttributeError, RecursionError):
         agrees = False
     if not agrees:
         problems.append(f"{key}.json does not say what the sidecar says")
@@ -273,9 +272,11 @@ def _undecodable(data: bytes, extension: str) -> str:
 
 
 def _wrong_counts(store: Store, counts: np.ndarray) -> list[str]:
-    """A finished dataset has as many images of each class as its plan says."""
-    run = _json(store, RUN) or {}
-    wanted = run.get("per_class", run.get("--per-class"))
+    """A finished dataset of ubgen-synth has as many images of each class as its run says."""
+    try:
+        wanted = read_run(store, "synth").get("--per-class")
+    except UserError:  # unknown
+        return []
     if store.size(MANIFEST) is None or type(wanted) is not int:
         return []
     wrong = [
@@ -308,13 +309,3 @@ def _identity(entry: Mapping[str, Any]) -> tuple[int, int, int, int, str]:
         int(entry.get("attempt", 0)),
         str(entry.get("reason")),
     )
-
-
-def _json(store: Store, name: str) -> dict[str, Any] | None:
-    try:
-        content = json.loads(store.read(name))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError:
-        raise UserError(f"{store.address(name)} is not valid JSON") from None
-    return content if isinstance(content, dict) else None

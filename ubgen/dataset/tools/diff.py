@@ -16,11 +16,10 @@ from PIL import Image
 
 from ubgen.core.errors import UserError
 from ubgen.core.files import Store
+from ubgen.core.stage import read_run
 from ubgen.dataset.reader import ShardDataset, open_dataset
-from ubgen.dataset.shards import ShardInfo
-from ubgen.dataset.stats import read_sidecar
+from ubgen.dataset.shards import Place, SampleRecord, ShardInfo
 
-_NOT_SCORES = {"key", "class_index", "image", "cls", "json", "flag"}
 _LISTED = 20
 _BATCH = 64
 
@@ -96,18 +95,18 @@ def check_tolerance(levels: int, share: float | None = None) -> None:
         raise UserError(f"--share must lie in 0..1, such as 0.999, not {share}")
 
 
-class _Place(NamedTuple):
-    """A sample of one dataset: its entry in the sidecar of `shard`."""
+class _Stored(NamedTuple):
+    """A sample of one dataset, and the shard where it lies."""
 
     shard: ShardInfo
-    entry: dict[str, Any]
+    record: SampleRecord
 
     @property
     def key(self) -> str:
-        return str(self.entry["key"])
+        return self.record.key
 
-    def read(self, name: str) -> bytes:
-        offset, size = self.entry[name]
+    def read(self, place: Place) -> bytes:
+        offset, size = place
         return self.shard.store.read_range(self.shard.tar, offset, offset + size)
 
 
@@ -143,7 +142,7 @@ def diff(
     result.samples = sum(shard.count for shard in first.shards if shard.index in same)
     total = max(len(first), len(second))
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        pairs = _pairs(_places(first, same), _places(second, same), result)
+        pairs = _pairs(_stored(first, same), _stored(second, same), result)
         while batch := list(itertools.islice(pairs, _BATCH)):
             compared = pool.map(lambda pair: _compare(pair[0], pair[1], levels), batch)
             for (left, right), pixels in zip(batch, compared, strict=True):
@@ -160,20 +159,22 @@ def _plan_differences(a: Store, b: Store) -> list[str]:
 
 
 def _plan(store: Store) -> dict[str, Any]:
+    """What identifies the run of ubgen-synth; nothing for a conversion."""
     try:
-        plan = json.loads(store.read("run.json"))
-    except (FileNotFoundError, ValueError):
+        return read_run(store, "synth")
+    except UserError:
         return {}
-    return plan if isinstance(plan, dict) else {}
 
 
-def _places(dataset: ShardDataset, without: set[int]) -> Iterator[_Place]:
+def _stored(dataset: ShardDataset, without: set[int]) -> Iterator[_Stored]:
     for shard in dataset.shards:
         if shard.index not in without:
-            yield from (_Place(shard, entry) for entry in read_sidecar(shard)["samples"])
+            yield from (_Stored(shard, record) for record in shard.read().samples)
 
 
-def _pairs(a: Iterator[_Place], b: Iterator[_Place], result: Difference) -> Iterator[tuple[_Place, _Place]]:
+def _pairs(
+    a: Iterator[_Stored], b: Iterator[_Stored], result: Difference
+) -> Iterator[tuple[_Stored, _Stored]]:
     """Samples of one key; keys increase in both. Those without a partner are counted."""
     left, right = next(a, None), next(b, None)
     while left or right:
@@ -190,9 +191,9 @@ def _pairs(a: Iterator[_Place], b: Iterator[_Place], result: Difference) -> Iter
             right = next(b, None)
 
 
-def _compare(left: _Place, right: _Place, levels: int) -> _Pixels:
-    prompts = [json.loads(place.read("json")).get("prompt") for place in (left, right)]
-    data = [place.read("image") for place in (left, right)]
+def _compare(left: _Stored, right: _Stored, levels: int) -> _Pixels:
+    prompts = [json.loads(side.read(side.record.json)).get("prompt") for side in (left, right)]
+    data = [side.read(side.record.image) for side in (left, right)]
     prompts_differ = prompts[0] != prompts[1]
     if data[0] == data[1]:
         with Image.open(io.BytesIO(data[0])) as image:
@@ -208,21 +209,21 @@ def _compare(left: _Place, right: _Place, levels: int) -> _Pixels:
     return _Pixels(prompts_differ, True, False, size, near, int(difference.max()), squares)
 
 
-def _add(result: Difference, left: _Place, right: _Place, pixels: _Pixels) -> None:
-    a, b = left.entry, right.entry
+def _add(result: Difference, left: _Stored, right: _Stored, pixels: _Pixels) -> None:
+    a, b = left.record, right.record
     found = []
     result.samples += 1
-    if a["class_index"] != b["class_index"]:
+    if a.class_index != b.class_index:
         result.labels += 1
-        found.append(f"class {a['class_index']} and {b['class_index']}")
+        found.append(f"class {a.class_index} and {b.class_index}")
     if pixels.prompts_differ:
         result.prompts += 1
         found.append("prompt")
-    if a.get("flag") != b.get("flag"):
+    if a.flag != b.flag:
         result.flags += 1
         found.append("flag")
-    for name in sorted((a.keys() | b.keys()) - _NOT_SCORES):
-        gap = _gap(a.get(name), b.get(name))
+    for name in sorted(a.scores.keys() | b.scores.keys()):
+        gap = _gap(a.scores.get(name), b.scores.get(name))
         result.scores[name] = max(result.scores.get(name, 0.0), gap)
     if pixels.bytes_differ:
         result.images += 1
@@ -238,11 +239,11 @@ def _add(result: Difference, left: _Place, right: _Place, pixels: _Pixels) -> No
         _note(result, left.key, ", ".join(found))
 
 
-def _gap(a: Any, b: Any) -> float:
+def _gap(a: float | None, b: float | None) -> float:
     """Infinite where one has a score and the other has not."""
-    if a is None and b is None:
-        return 0.0
-    return abs(a - b) if isinstance(a, int | float) and isinstance(b, int | float) else math.inf
+    if a is None or b is None:
+        return 0.0 if a is b else math.inf
+    return abs(a - b)
 
 
 def _note(result: Difference, key: str, text: str) -> None:

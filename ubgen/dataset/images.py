@@ -1,12 +1,18 @@
-"""The statement in every image that it is synthetic: IPTC's "digital source type", as XMP.
+"""Encoding an image, with the statement in it that it is synthetic: IPTC's "digital source type", as XMP.
 
 https://iptc.org/std/photometadata/documentation/userguide/#_digital_source_type; where it goes is fixed by the XMP
 specification, part 3: an APP1 segment in a JPEG file, an iTXt chunk in a PNG file.
 """
 
+import io
 import struct
 import zlib
 
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+JPEG_QUALITY = 95
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
@@ -22,6 +28,24 @@ _ITXT_BODY = b"iTXt" + b"XML:com.adobe.xmp\0\0\0\0\0" + XMP.encode()
 _CHUNK = struct.pack(">I", len(_ITXT_BODY) - 4) + _ITXT_BODY + struct.pack(">I", zlib.crc32(_ITXT_BODY))
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_HEADER = len(_PNG) + 25  # IHDR, which must come first
+
+
+def encode_image(image: Image.Image | np.ndarray, extension: str) -> bytes:
+    """PNG (lossless), or JPEG of quality 95 without chroma subsampling; both say that the image is synthetic.
+
+    `image` may be an array (H,W,3) of uint8.
+    """
+    if extension == "png":
+        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG", compress_level=6)
+        return mark_synthetic(buffer.getvalue())
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
+    # not Pillow, which holds Python's lock while it encodes: more threads would be no faster, and others would wait
+    data = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(pixels), JPEG_QUALITY, colorspace="RGB", colorsubsampling="444", fastdct=False
+    )
+    return mark_synthetic(data)
 
 
 def mark_synthetic(data: bytes) -> bytes:

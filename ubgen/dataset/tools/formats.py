@@ -7,34 +7,18 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from ubgen.core.errors import UserError, install_extra
 from ubgen.core.files import Store, open_store
 from ubgen.dataset.card import CARD
-from ubgen.dataset.shards import ShardWriter, finished_shard, shard_name
-from ubgen.dataset.stats import number
-from ubgen.dataset.tars import TarSample
+from ubgen.dataset.shards import ShardWriter, finished_shard, number
 from ubgen.dataset.text import SCORES, plain, safe_names
+from ubgen.dataset.tools.tars import SourceSample
 
 _ROW_GROUP = 100  # images; what Hugging Face writes, so that a reader fetches some megabytes at a time
 _OWN = {*SCORES, "class_index", "flag"}
-
-
-class Sample(NamedTuple):
-    """`position` is the number in the dataset; `rejected` are ledger entries that go with the sample's shard."""
-
-    position: int
-    tar: TarSample
-    rejected: Iterable[Mapping[str, Any]] = ()
-
-
-class Part(NamedTuple):
-    """A file that is there once the part is whole."""
-
-    name: str
-    bytes: int
 
 
 class Layout(ABC):
@@ -49,11 +33,12 @@ class Layout(ABC):
         self.store, self.classes, self.parts = store, classes, parts
 
     @abstractmethod
-    def write(self, number: int, samples: Iterator[Sample]) -> Part:
+    def write(self, number: int, samples: Iterator[SourceSample]) -> None:
         """Write part `number`; whatever was left of it by an earlier call is replaced."""
 
-    def is_whole(self, number: int, part: Mapping[str, Any]) -> bool:
-        return self.store.size(part["name"]) == part["bytes"]
+    @abstractmethod
+    def is_whole(self, number: int) -> bool:
+        """Whether `write` has finished part `number`."""
 
     def finish(self, source_card: str | None, images: int) -> None:
         self.store.write(CARD, self._card(source_card or "", images))
@@ -108,12 +93,13 @@ for image, label in ImageFolder("."):
                 # also for a class without images: the labels of those after it depend on it
                 directory.local_path.mkdir(exist_ok=True)
 
-    def write(self, number: int, samples: Iterator[Sample]) -> Part:
+    def write(self, number: int, samples: Iterator[SourceSample]) -> None:
         lines = [self._write_image(sample) for sample in samples]
         os.sync()  # the images before the file that says they are there
-        text = "".join(lines).encode()
-        self.store.write(self._part(number), text)
-        return Part(self._part(number), len(text))
+        self.store.write(self._part(number), "".join(lines))
+
+    def is_whole(self, number: int) -> bool:
+        return self.store.size(self._part(number)) is not None
 
     def finish(self, source_card: str | None, images: int) -> None:
         with self.store.new_file("metadata.jsonl") as file:
@@ -127,17 +113,17 @@ for image, label in ImageFolder("."):
         """A file: torchvision takes every directory for a class."""
         return f".part-{number:06d}.jsonl"
 
-    def _write_image(self, sample: Sample) -> str:
+    def _write_image(self, sample: SourceSample) -> str:
         """Its line of metadata.jsonl."""
-        name = f"{sample.position:09d}.{sample.tar.extension}"
-        directory = self._directories[self.names[sample.tar.label]]
+        name = f"{sample.position:09d}.{sample.extension}"
+        directory = self._directories[self.names[sample.label]]
         if directory.local_path:
             # flushing each of a million files to disk by itself would take hours
-            (directory.local_path / name).write_bytes(sample.tar.image)
+            (directory.local_path / name).write_bytes(sample.image)
         else:
-            directory.write(name, sample.tar.image)
-        meta = sample.tar.meta
-        about = {"file_name": f"{self.names[sample.tar.label]}/{name}", "label": sample.tar.label}
+            directory.write(name, sample.image)
+        meta = sample.meta
+        about = {"file_name": f"{self.names[sample.label]}/{name}", "label": sample.label}
         more = {"prompt": _prompt(meta), **_scores(meta), "meta": json.dumps(meta, sort_keys=True)}
         return json.dumps({**about, **more}) + "\n"
 
@@ -156,18 +142,24 @@ for sample in load_dataset(".", split="train", streaming=True):
     image, label = sample["image"], sample["label"]
 ```"""
 
-    def write(self, number: int, samples: Iterator[Sample]) -> Part:
+    def write(self, number: int, samples: Iterator[SourceSample]) -> None:
         pa, pq = _pyarrow()
         schema = self._schema(pa)
-        name = f"train-{number:05d}-of-{self.parts:05d}.parquet"
         columns = ["label", "prompt"]  # whose values repeat
         with (
-            self.store.new_file(name) as file,
+            self.store.new_file(self._part(number)) as file,
             pq.ParquetWriter(file, schema, use_dictionary=columns, write_page_index=True) as writer,
         ):
             for rows in _batches(samples, _ROW_GROUP):
                 writer.write_table(pa.Table.from_pylist([self._row(row) for row in rows], schema=schema))
-        return Part(name, self.store.size(name) or 0)
+
+    def is_whole(self, number: int) -> bool:
+        """A Parquet file ends with the mark that it begins with."""
+        size = self.store.size(name := self._part(number)) or 0
+        return size > 0 and self.store.read_range(name, max(size - 4, 0), size) == b"PAR1"
+
+    def _part(self, number: int) -> str:
+        return f"train-{number:05d}-of-{self.parts:05d}.parquet"
 
     def _schema(self, pa: Any) -> Any:
         plain_types = {
@@ -189,11 +181,11 @@ for sample in load_dataset(".", split="train", streaming=True):
         ]
         return pa.schema(fields, {"huggingface": json.dumps({"info": {"features": features}})})
 
-    def _row(self, sample: Sample) -> dict[str, Any]:
-        key, meta = f"{sample.position:09d}", sample.tar.meta
+    def _row(self, sample: SourceSample) -> dict[str, Any]:
+        key, meta = f"{sample.position:09d}", sample.meta
         return {
-            "image": {"bytes": sample.tar.image, "path": f"{key}.{sample.tar.extension}"},
-            "label": sample.tar.label,
+            "image": {"bytes": sample.image, "path": f"{key}.{sample.extension}"},
+            "label": sample.label,
             "key": key,
             "prompt": _prompt(meta),
             **_scores(meta),
@@ -213,29 +205,25 @@ for image, label in wds.WebDataset("shard-000000.tar", shardshuffle=False).decod
     ...
 ```"""
 
-    def write(self, number: int, samples: Iterator[Sample]) -> Part:
+    def write(self, number: int, samples: Iterator[SourceSample]) -> None:
         first = next(samples)
-        extension = first.tar.extension
+        extension = first.extension
         with ShardWriter(self.store, number, extension) as writer:
             for sample in itertools.chain([first], samples):
-                if sample.tar.extension != extension:
+                if sample.extension != extension:
                     raise UserError(
-                        f"sample {sample.tar.key[:100]!r} is {sample.tar.extension}, those before it {extension}; "
+                        f"sample {sample.key[:100]!r} is {sample.extension}, those before it {extension}; "
                         "a shard holds one kind of images"
                     )
-                meta = {name: value for name, value in sample.tar.meta.items() if name not in _OWN}
-                flag = sample.tar.meta.get("flag")
-                scores = {
-                    name: value for name, value in _scores(sample.tar.meta).items() if value is not None
-                }
-                writer.write(sample.position, sample.tar.image, sample.tar.label, meta, scores, flag)
+                meta = {name: value for name, value in sample.meta.items() if name not in _OWN}
+                flag = sample.meta.get("flag")
+                scores = {name: value for name, value in _scores(sample.meta).items() if value is not None}
+                writer.write(sample.position, sample.image, sample.label, meta, scores, flag)
                 for entry in sample.rejected:
                     writer.reject(entry)
-        name = f"{shard_name(number)}.json"
-        return Part(name, self.store.size(name) or 0)
 
-    def is_whole(self, number: int, part: Mapping[str, Any]) -> bool:
-        return super().is_whole(number, part) and finished_shard(self.store, number) is not None
+    def is_whole(self, number: int) -> bool:
+        return finished_shard(self.store, number) is not None
 
 
 def directory_names(ids: Sequence[str]) -> list[str]:
@@ -279,7 +267,7 @@ def _natural(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
 
-def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
+def _batches(samples: Iterator[SourceSample], size: int) -> Iterator[list[SourceSample]]:
     while batch := list(itertools.islice(samples, size)):
         yield batch
 

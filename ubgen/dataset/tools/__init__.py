@@ -1,0 +1,1 @@
+"""What `ubgen-dataset` does with datasets: verify, compare, convert, and describe them."""
