@@ -27,8 +27,8 @@ from ubgen.miniature.shapes import CLASSES
 from ubgen.miniature.world import biased_scene, fair_world, render_many
 from ubgen.rewards import Clip, draw_negatives, entire_alignment_loss
 from ubgen.train import TrainConfig
-from ubgen.train.players import load_players, make_adversary
-from ubgen.train.stream import draw_batch
+from ubgen.train.batches import draw_batch
+from ubgen.train.state import build_state, make_adversary
 from ubgen.train.update import discriminator_update, warmup_features
 
 
@@ -88,13 +88,13 @@ class Look:
 def base_features(config: TrainConfig, batches: int) -> tuple[Tensor, Tensor]:
     """CLIP features of the base generator's images (N, D), and their classes (N,)."""
     classes = load_classes(config.classes)
-    players = load_players(config, classes, torch.device("cpu"))
+    state = build_state(config, classes, torch.device("cpu"))
     features, labels = [], []
     for update in track(range(batches), description="base generator"):
         batch = draw_batch(
-            config, classes.names, players.sd.latent_shape(), "warmup", update, 32, rank=0, processes=1
+            config, classes.names, state.sd.latent_shape(), "warmup", update, 32, rank=0, processes=1
         )
-        found, _ = warmup_features(players, config, batch)
+        found, _ = warmup_features(state, config, batch)
         features.append(found)
         labels.append(batch.classes_B)
     return torch.cat(features), torch.cat(labels)
@@ -133,7 +133,7 @@ def looks(
         loss = discriminator_update(adversary, config, images_ND[rows], negatives)["discriminator_loss"]
         if update + 1 in at:
             images = images_ND.clone().requires_grad_(True)
-            entire = entire_alignment_loss(adversary.network, adversary.see(images)) * len(images)
+            entire = entire_alignment_loss(adversary.network, adversary.project(images)) * len(images)
             (gradient,) = torch.autograd.grad(entire, images)
             gradient = gradient * images_ND.norm(dim=1, keepdim=True)  # on the unit feature
             cosine = F.cosine_similarity(gradient, bias_CD[labels_N], dim=1)  # the generator goes against it

@@ -2,7 +2,6 @@
 
 from ubgen.diffusion.lora import (
     LORA_FILE,
-    FusedTwin,
     add_lora,
     load_lora,
     lora_parameters,
@@ -23,7 +22,6 @@ from ubgen.diffusion.stable_diffusion import (
 __all__ = [
     "LORA_FILE",
     "Call",
-    "FusedTwin",
     "StableDiffusion",
     "add_lora",
     "decode",

@@ -1,6 +1,5 @@
 """LoRA on the UNet, through peft, stored as diffusers stores it."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from ubgen.core.errors import UserError
-from ubgen.core.stage import atomic_write
+from ubgen.core.files import atomic_write
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LAYERS = {
@@ -49,37 +48,6 @@ def add_lora(
 def lora_parameters(unet: Any) -> list[nn.Parameter]:
     """The LoRA's parameters in a fixed order (by name)."""
     return [parameter for name, parameter in sorted(unet.named_parameters()) if ".lora_" in name]
-
-
-class FusedTwin:
-    """A second UNet that computes what `unet` and its LoRA compute, from fused weights: for calls without gradient.
-
-    An unfused LoRA layer is four operators more than the layer; a rollout needs them only in the calls that it
-    differentiates. All other tensors are `unet`'s own. `unet` keeps its LoRA; its modules, attention processors among
-    them, are copied as they are, so make the twin last. For float32 weights: in half precision the sum would round a
-    young LoRA away, whose changes are smaller than the weights' last bit.
-    """
-
-    def __init__(self, unet: Any) -> None:
-        from peft.tuners.lora import LoraLayer
-
-        own = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
-        self.network = copy.deepcopy(unet, own).eval()
-        layers = [(name, layer) for name, layer in unet.named_modules() if isinstance(layer, LoraLayer)]
-        # each layer with its LoRA, and its weight in the twin
-        self._weights: list[tuple[Any, nn.Parameter]] = []
-        for name, layer in layers:
-            plain = self.network.get_submodule(name).get_base_layer()
-            plain.weight = nn.Parameter(layer.get_base_layer().weight.clone(), requires_grad=False)
-            self.network.set_submodule(name, plain)
-            self._weights.append((layer, plain.weight))
-
-    @torch.no_grad()
-    def refresh(self) -> Any:
-        """The twin's network, with the LoRA as it is now."""
-        for layer, weight in self._weights:
-            weight.copy_(layer.get_base_layer().weight + layer.get_delta_weight("default"))
-        return self.network
 
 
 def save_lora(unet: Any, directory: str | Path) -> Path:

@@ -90,7 +90,6 @@ def rollout(
     step_noise: Tensor | None = None,
     generator: torch.Generator | None = None,
     detach_unet_input: bool = False,
-    frozen: Network | None = None,
 ) -> Tensor:
     """`sample`, differentiable at the UNet calls numbered in `grad_steps` (from 0) only.
 
@@ -98,8 +97,6 @@ def rollout(
     `detach_unet_input`, into its latent input. At every other call the UNet's output is a constant. The
     scheduler's update is differentiated from the first of those calls on, so gradient also travels along x
     itself to the earlier ones. Before it, nothing needs a gradient.
-
-    `frozen` takes the calls without gradient from `unet`: the same function, computed in a cheaper way (`FusedTwin`).
     """
     calls, trained = schedule(scheduler, steps), set(grad_steps)
     if not trained <= set(range(len(calls))):
@@ -107,9 +104,8 @@ def rollout(
     x, context = latents.float(), _context(cond, uncond)
     entered, history = x, list[Tensor]()
     for index, call in enumerate(calls):
-        network = unet if frozen is None or index in trained else frozen
         with torch.set_grad_enabled(index in trained and torch.is_grad_enabled()):
-            e_uncond, e_cond = _predict(network, x.detach() if detach_unet_input else x, call, context)
+            e_uncond, e_cond = _predict(unet, x.detach() if detach_unet_input else x, call, context)
             e = e_uncond + guidance * (e_cond - e_uncond)
         reference, entered = (entered if call.restart else x), x
         mixed = sum(w * past for w, past in zip(call.weights, [e, *history], strict=False))

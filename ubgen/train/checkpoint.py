@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file, save
 
 from ubgen.core.errors import UserError
-from ubgen.core.stage import atomic_write
+from ubgen.core.files import atomic_write
 from ubgen.diffusion import LORA_FILE, restore_lora, save_lora
-from ubgen.train.players import Players
+from ubgen.train.state import TrainState
 
 DISCRIMINATOR_FILE = "discriminator.safetensors"
 STATE_FILE = "state.pt"
 
 
-def save_checkpoint(directory: Path, players: Players, done: int, keep: int) -> Path:
-    """Write `directory`/<done>/ with both players, their optimisers and the loss scale; then drop old ones.
+def save_checkpoint(directory: Path, state: TrainState, done: int, keep: int) -> Path:
+    """Write `directory`/<done>/: the weights, the optimisers, the loss scale, the running means; then drop old ones.
 
     The files are written under a temporary name first, so a failure (a full disk, a kill) leaves the earlier
     checkpoints as they were.
@@ -30,8 +30,8 @@ def save_checkpoint(directory: Path, players: Players, done: int, keep: int) -> 
     temporary = directory / f".writing-{final.name}"
     try:
         temporary.mkdir()
-        save_players(temporary, players)
-        atomic_write(temporary / STATE_FILE, _state_bytes(players, done))
+        save_weights(temporary, state)
+        atomic_write(temporary / STATE_FILE, _state_bytes(state, done))
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
     except BaseException:
@@ -42,11 +42,11 @@ def save_checkpoint(directory: Path, players: Players, done: int, keep: int) -> 
     return final
 
 
-def save_players(directory: Path, players: Players) -> None:
-    """The LoRA in diffusers format, and the discriminator where there is one."""
-    save_lora(players.sd.unet, directory)
-    if players.adversary is not None:
-        tensors = {name: t.detach().cpu() for name, t in players.adversary.state_dict().items()}
+def save_weights(directory: Path, state: TrainState) -> None:
+    """The LoRA in diffusers format, and the discriminator if there is one."""
+    save_lora(state.sd.unet, directory)
+    if state.adversary is not None:
+        tensors = {name: t.detach().cpu() for name, t in state.adversary.state_dict().items()}
         atomic_write(directory / DISCRIMINATOR_FILE, save(tensors))
 
 
@@ -55,22 +55,16 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("[0-9]*") if (path / STATE_FILE).is_file())
 
 
-def restore_checkpoint(path: Path, players: Players) -> int:
+def restore_checkpoint(path: Path, state: TrainState) -> int:
     """Put everything back as it was; returns the number of updates done. UserError for a damaged checkpoint."""
-    adversary = players.adversary
     # to the host: what is loaded below goes where its network lies, and the optimisers count on the host
-    state = _readable(path, lambda: torch.load(path / STATE_FILE, map_location="cpu", weights_only=True))
-    restore_lora(players.sd.unet, path / LORA_FILE)
-    players.generator_optimizer.load_state_dict(state["generator_optimizer"])
-    players.scaler.load_state_dict(state["scaler"])
-    if players.average is not None:
-        players.average.load_state_dict(state["average"])
-    if players.pace is not None:
-        players.pace.load_state_dict(state["pace"])
-    if adversary is not None:
-        adversary.load_state_dict(_readable(path, lambda: load_file(path / DISCRIMINATOR_FILE)))
-        adversary.optimizer.load_state_dict(state["discriminator_optimizer"])
-    return int(state["done"])
+    saved = _readable(path, lambda: torch.load(path / STATE_FILE, map_location="cpu", weights_only=True))
+    restore_lora(state.sd.unet, path / LORA_FILE)
+    if state.adversary is not None:
+        state.adversary.load_state_dict(_readable(path, lambda: load_file(path / DISCRIMINATOR_FILE)))
+    for name, part in _stateful(state).items():
+        part.load_state_dict(saved[name])
+    return int(saved["done"])
 
 
 def _readable(checkpoint: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -87,21 +81,24 @@ def _readable(checkpoint: Path, read: Callable[[], dict[str, Any]]) -> dict[str,
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Sweep up what a killed process left behind."""
+    """Remove what a killed process left behind."""
     for leftover in directory.glob(".writing-*"):
         shutil.rmtree(leftover)
 
 
-def _state_bytes(players: Players, done: int) -> bytes:
-    adversary = players.adversary
-    state: dict[str, Any] = {
-        "done": done,
-        "generator_optimizer": players.generator_optimizer.state_dict(),
-        "discriminator_optimizer": None if adversary is None else adversary.optimizer.state_dict(),
-        "scaler": players.scaler.state_dict(),
-        "average": None if players.average is None else players.average.state_dict(),
-        "pace": None if players.pace is None else players.pace.state_dict(),
+def _stateful(state: TrainState) -> dict[str, Any]:
+    """What is in a checkpoint beside the weights."""
+    parts = {
+        "generator_optimizer": state.generator_optimizer,
+        "discriminator_optimizer": state.adversary and state.adversary.optimizer,
+        "scaler": state.scaler,
+        "average": state.average,
+        "rise": state.rise,
     }
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _state_bytes(state: TrainState, done: int) -> bytes:
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save({"done": done, **{name: part.state_dict() for name, part in _stateful(state).items()}}, buffer)
     return buffer.getvalue()

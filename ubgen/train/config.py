@@ -26,7 +26,6 @@ _POSITIVE = (
     "generator.clip",  # below 0 it would turn the gradient round
     "discriminator.hidden",
     "discriminator.lr",
-    "discriminator.warmup_lr",
     "discriminator.eps",
     "discriminator.clip",
     "output.grid_classes",
@@ -151,8 +150,6 @@ class DiscriminatorConfig:
     """Passes over the class list in which the discriminator trains alone, at twice the batch size."""
     warmup_updates: int | None = None
     """Length of that phase in updates; replaces warmup_epochs."""
-    warmup_lr: float | None = None
-    """Learning rate in that phase; lr if not given."""
 
 
 @dataclass(frozen=True)

@@ -6,38 +6,44 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate.utils import broadcast, gather
 from rich.console import Console
 from torch import Tensor
 
 from ubgen.core.classes import ClassList, load_classes
 from ubgen.core.config import to_dict
+from ubgen.core.console import progress
 from ubgen.core.errors import UserError
-from ubgen.core.files import open_store
-from ubgen.core.stage import content_hash, held_directory
-from ubgen.train.checkpoint import list_checkpoints, restore_checkpoint, save_checkpoint, save_players
-from ubgen.train.config import TrainConfig, validate
-from ubgen.train.directory import CHECKPOINTS, CLASSES_FILE, SAMPLES, check_directory, prepare_directory
-from ubgen.train.players import (
-    Adversary,
-    discriminator_in_play,
-    load_players,
-    network_paths,
-    require_networks,
+from ubgen.core.files import atomic_write, open_store
+from ubgen.core.stage import Stage, content_hash
+from ubgen.diffusion import LORA_FILE
+from ubgen.train.batches import Batch, draw_batch, updates_for
+from ubgen.train.checkpoint import (
+    DISCRIMINATOR_FILE,
+    list_checkpoints,
+    remove_unfinished,
+    restore_checkpoint,
+    save_checkpoint,
+    save_weights,
 )
-from ubgen.train.progress import progress
-from ubgen.train.record import Record, save_grid
-from ubgen.train.stream import Batch, draw_batch, updates_for
+from ubgen.train.config import TrainConfig, validate
+from ubgen.train.logging import METRICS_FILE, TENSORBOARD, MetricsLog, figures, save_grid
+from ubgen.train.state import Adversary, build_state, network_paths, require_networks
 from ubgen.train.update import Diverged, Metrics, discriminator_update, generator_update, warmup_features
+
+CLASSES_FILE = "classes.txt"
+CHECKPOINTS = "checkpoints"
+SAMPLES = "samples"
+_OWN = (CHECKPOINTS, SAMPLES, TENSORBOARD, CLASSES_FILE, METRICS_FILE, LORA_FILE, DISCRIMINATOR_FILE)
 
 
 def train(config: TrainConfig, out: Path, *, overwrite: bool = False, stop_after: int | None = None) -> bool:
     """Run to the end, or continue the unfinished run in `out`; returns whether it is finished.
 
-    `overwrite` starts again in a used directory. `stop_after` ends this call after that many updates, with a
-    checkpoint: the same call continues. Under `accelerate launch` every process calls this; process 0 writes.
-    On the CPU a continued run ends with the same bits as an uninterrupted one. `out` is changed only once all networks
-    are loaded.
+    A finished run of the same configuration is left as it is. `overwrite` starts again in a used directory.
+    `stop_after` ends this call after that many updates, with a checkpoint: the same call continues. Under
+    `accelerate launch` every process calls this; process 0 writes. On the CPU a continued run ends with the same bits
+    as an uninterrupted one. `out` is changed only once all networks are loaded.
     """
     validate(config)
     if stop_after is not None and stop_after < 1:
@@ -46,37 +52,67 @@ def train(config: TrainConfig, out: Path, *, overwrite: bool = False, stop_after
     require_networks(config)
     if open_store(out).local_path is None:
         raise UserError(f"--out {out}: ubgen-train writes to a local directory only")
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    state = PartialState(cpu=on_cpu)  # which it has to be told, or processes on the CPU do not meet
-    recorded = {**to_dict(config), "processes": state.num_processes}
-    if state.is_main_process:
-        recorded["weights"] = {name: content_hash(path) for name, path in network_paths(config).items()}
-        check_directory(out, recorded, classes, overwrite)
-    directory = held_directory(out, "train", recorded, overwrite=overwrite)
-    with directory if state.is_main_process else nullcontext() as stage:
-        run = Run(config, classes, out, state)
+    # without `cpu`, processes on the CPU do not find each other
+    process = PartialState(cpu=config.device == "cpu" or not torch.cuda.is_available())
+    console = Console(stderr=True, quiet=not process.is_main_process, markup=False, soft_wrap=True)
+    stage = None
+    if process.is_main_process:
+        stage = _stage(config, classes, out, process.num_processes, overwrite)
+    with stage.hold() if stage is not None else nullcontext():
+        if _from_main_process(stage is not None and stage.state == "finished", process):
+            console.print(f"{out}: finished already; nothing to do")
+            return True
+        run = Run(config, classes, out, process, console)
         if stage is not None:
             stage.begin()
-            prepare_directory(out, recorded, classes, overwrite)
-        state.wait_for_everyone()
+            atomic_write(out / CLASSES_FILE, "".join(f"{line}\n" for line in _lines(classes)))
+            remove_unfinished(out / CHECKPOINTS)
+        process.wait_for_everyone()
         run.restore()
         finished = run.play(stop_after)
         if finished and stage is not None:
             run.average()
-            save_players(out, run.players)
+            save_weights(out, run.state)
             stage.finish(run.inputs(), updates=run.updates, images_seen=run.updates * run.global_batch)
-        run.console.print(f"{out}: {'finished' if finished else 'stopped; the same command continues'}")
+        console.print(f"{out}: {'finished' if finished else 'stopped; the same command continues'}")
         return finished
+
+
+def _stage(config: TrainConfig, classes: ClassList, out: Path, processes: int, overwrite: bool) -> Stage:
+    """The output directory. Where networks and classes lie, and what no update sees, may change on the way."""
+    weights = {name: content_hash(path) for name, path in network_paths(config).items()}
+    options = {**to_dict(config), "processes": processes, "weights": weights}
+    fixed = {name: value for name, value in options.items() if name not in ("networks", "classes", "output")}
+    return Stage(
+        out,
+        "train",
+        {**fixed, "class list": _lines(classes)},
+        config=options,
+        owns=_OWN,
+        has_work=lambda store: bool(list_checkpoints(out / CHECKPOINTS)),
+        overwrite=overwrite,
+    )
+
+
+def _lines(classes: ClassList) -> list[str]:
+    return [f"{i}\t{name}" for i, name in zip(classes.ids, classes.names, strict=True)]
+
+
+def _from_main_process(value: bool, process: PartialState) -> bool:
+    """Process 0's value, in every process."""
+    return bool(broadcast(torch.tensor([int(value)], device=process.device)).item())
 
 
 class Run:
     """One process's part in a run. `done` counts updates, the warm-up's `warmup` first, then the `updates`."""
 
-    def __init__(self, config: TrainConfig, classes: ClassList, out: Path, state: PartialState) -> None:
-        self.config, self.classes, self.out, self.state = config, classes, out, state
-        self.console = Console(stderr=True, quiet=not state.is_main_process, markup=False, soft_wrap=True)
-        self.players = load_players(config, classes, state.device)
-        self.global_batch = config.batch_size * state.num_processes
+    def __init__(
+        self, config: TrainConfig, classes: ClassList, out: Path, process: PartialState, console: Console
+    ) -> None:
+        self.config, self.classes, self.out = config, classes, out
+        self.process, self.console = process, console
+        self.state = build_state(config, classes, process.device)
+        self.global_batch = config.batch_size * process.num_processes
         count = len(classes)
         self.updates = config.max_updates or updates_for(config.epochs, count, self.global_batch)
         self.warmup = _warmup_updates(config, count, self.global_batch)
@@ -86,8 +122,8 @@ class Run:
     def restore(self) -> None:
         """Go on from the last checkpoint, if there is one."""
         if found := list_checkpoints(self.checkpoints):
-            self.done = restore_checkpoint(found[-1], self.players)
-        everywhere = gather(torch.tensor([self.done], device=self.players.device)).tolist()
+            self.done = restore_checkpoint(found[-1], self.state)
+        everywhere = gather(torch.tensor([self.done], device=self.state.device)).tolist()
         if len(set(everywhere)) > 1:
             raise UserError(
                 f"--out {self.out}: the processes found checkpoints of different updates ({everywhere}); "
@@ -99,35 +135,36 @@ class Run:
         total = self.warmup + self.updates
         end = total if stop_after is None else min(total, self.done + stop_after)
         self._announce(total)
-        record = Record(self.out, self.done) if self.state.is_main_process else None
+        log = MetricsLog(self.out, self.done) if self.process.is_main_process else None
         try:
-            with progress(self.console, self.done, total) as advance:
+            with progress(self.console, "fine-tuning", "updates") as report:
+                report(self.done, total)
                 self._grid()
                 while self.done < end:
                     metrics = self._timed_update()
-                    if record is not None:
+                    if log is not None:
                         phase = "train" if self.done > self.warmup else "warmup"
-                        record.write(self.done, phase, metrics)
+                        log.write(self.done, phase, metrics)
                     self._grid()
                     if (
                         self.done in (end, self.warmup)
                         or self.done % self.config.output.checkpoint_every == 0
                     ):
                         self._checkpoint()
-                    advance(metrics)
+                    report(self.done, total, figures(metrics))
         except Diverged as error:
             raise UserError(self._diverged(error)) from error
         finally:
-            if record is not None:
-                record.close()
+            if log is not None:
+                log.close()
         return self.done == total
 
     def average(self) -> None:
         """Put the mean of the last updates in place of the LoRA, where that is wanted, and show it."""
-        if self.players.average is not None:
-            self.players.average.apply()
+        if self.state.average is not None:
+            self.state.average.apply()
             if self.config.output.grid_every:
-                save_grid(self.out / SAMPLES / "average.png", self.players, self.config)
+                save_grid(self.out / SAMPLES / "average.png", self.state, self.config)
 
     def inputs(self) -> dict[str, Path | str]:
         """The directories that this run read, for the manifest."""
@@ -144,61 +181,57 @@ class Run:
 
     def _warmup_update(self) -> Metrics:
         batch = self._batch("warmup", self.done, 2 * self.config.batch_size)
-        features, metrics = warmup_features(self.players, self.config, batch)
-        adversary = self.players.adversary
+        features, metrics = warmup_features(self.state, self.config, batch)
+        adversary = self.state.adversary
         assert adversary is not None  # without one there is no warm-up
         if adversary.centre is not None:
             adversary.centre.observe(gather(features))
-        if self.players.pace is not None:
-            self.players.pace.observe_base(metrics["clip_similarity"])
-        settings = self.config.discriminator
-        rate = settings.warmup_lr or settings.lr
-        return metrics | self._update_adversary(adversary, features, batch, rate)
+        if self.state.rise is not None:
+            self.state.rise.observe_base(metrics["clip_similarity"])
+        return metrics | self._update_adversary(adversary, features, batch)
 
     def _train_update(self) -> Metrics:
         """The generator first, against the discriminator as it is; then the discriminator, on the same images."""
         batch = self._batch("train", self.done - self.warmup, self.config.batch_size)
-        features, metrics = generator_update(self.players, self.config, batch)
+        features, metrics = generator_update(self.state, self.config, batch)
         metrics["generator_lr"] = self.config.generator.lr
-        average, last = self.players.average, self.warmup + self.updates - self.config.generator.average_last
+        average, last = self.state.average, self.warmup + self.updates - self.config.generator.average_last
         if average is not None and self.done >= last:
             average.add()
-        adversary = self.players.adversary
+        adversary = self.state.adversary
         if adversary is not None and features is not None:
-            metrics |= self._update_adversary(adversary, features, batch, self.config.discriminator.lr)
+            metrics |= self._update_adversary(adversary, features, batch)
         return metrics
 
-    def _update_adversary(self, adversary: Adversary, features: Tensor, batch: Batch, rate: float) -> Metrics:
-        for group in adversary.optimizer.param_groups:
-            group["lr"] = rate  # a checkpoint of the warm-up brings that one's
+    def _update_adversary(self, adversary: Adversary, features: Tensor, batch: Batch) -> Metrics:
         metrics = discriminator_update(adversary, self.config, features, batch.negatives_B)
-        return {**metrics, "discriminator_lr": rate}
+        return {**metrics, "discriminator_lr": self.config.discriminator.lr}
 
     def _batch(self, phase: str, update: int, size: int) -> Batch:
-        shape, names = self.players.sd.latent_shape(), self.classes.names
-        rank, processes = self.state.process_index, self.state.num_processes
+        shape, names = self.state.sd.latent_shape(), self.classes.names
+        rank, processes = self.process.process_index, self.process.num_processes
         return draw_batch(self.config, names, shape, phase, update, size, rank, processes)
 
     def _checkpoint(self) -> None:
-        if self.state.is_main_process:
-            save_checkpoint(self.checkpoints, self.players, self.done, self.config.output.keep_checkpoints)
-        self.state.wait_for_everyone()
+        if self.process.is_main_process:
+            save_checkpoint(self.checkpoints, self.state, self.done, self.config.output.keep_checkpoints)
+        self.process.wait_for_everyone()
 
     def _grid(self) -> None:
         """At update 0 (the base generator), every so often, and at the end."""
         every, update = self.config.output.grid_every, max(0, self.done - self.warmup)
-        if not every or not self.state.is_main_process:
+        if not every or not self.process.is_main_process:
             return
         path = self.out / SAMPLES / f"{update:06d}.png"
         if (update % every == 0 or update == self.updates) and not path.exists():
-            save_grid(path, self.players, self.config)
+            save_grid(path, self.state, self.config)
 
     def _announce(self, total: int) -> None:
-        state, config = self.state, self.config
-        self.console.print(self.players.attention)
+        process, config = self.process, self.config
+        self.console.print(self.state.attention)
         self.console.print(
             f"{len(self.classes)} classes, {self.warmup} warm-up and {self.updates} updates of "
-            f"{self.global_batch} images; {state.num_processes} process(es) on {state.device.type}, "
+            f"{self.global_batch} images; {process.num_processes} process(es) on {process.device.type}, "
             f"precision {config.precision}"
         )
         if self.done:
@@ -219,7 +252,7 @@ class Run:
 
 def _warmup_updates(config: TrainConfig, classes: int, global_batch: int) -> int:
     settings = config.discriminator
-    if not discriminator_in_play(config.losses):
+    if config.losses.entire == 0:
         return 0
     if settings.warmup_updates is not None:
         return settings.warmup_updates

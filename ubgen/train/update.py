@@ -1,6 +1,7 @@
 """One update of each player."""
 
 import math
+from typing import Any
 
 import torch
 from accelerate.utils import reduce
@@ -15,9 +16,9 @@ from ubgen.rewards import (
     individual_alignment_loss,
     quality_loss,
 )
+from ubgen.train.batches import Batch
 from ubgen.train.config import TrainConfig
-from ubgen.train.players import Adversary, Players
-from ubgen.train.stream import Batch
+from ubgen.train.state import Adversary, TrainState
 
 Metrics = dict[str, float]
 UNSCALED = torch.amp.GradScaler(enabled=False)  # the discriminator computes in float32 throughout
@@ -27,22 +28,22 @@ class Diverged(Exception):
     """A loss or a gradient is not finite; the weights have not been touched. The message names it."""
 
 
-def generator_update(players: Players, config: TrainConfig, batch: Batch) -> tuple[Tensor | None, Metrics]:
+def generator_update(state: TrainState, config: TrainConfig, batch: Batch) -> tuple[Tensor | None, Metrics]:
     """Eq. 8 back through the sampler into the LoRA. Returns the images' CLIP features, detached, and metrics."""
-    images = _rollout_images(players, config, batch)
-    features = _clip_features(players, config, images)
-    terms, metrics = _reward_terms(players, config, batch, images, features)
+    images = _rollout_images(state, config, batch)
+    features = _clip_features(state, config, images)
+    terms, metrics = _reward_terms(state, config, batch, images, features)
     losses = config.losses
-    entire = losses.entire if players.pace is None else losses.entire * players.pace.share()
+    entire = losses.entire if state.rise is None else losses.entire * state.rise.share()
     weights = LossWeights(entire, losses.individual, losses.quality)
     loss = generator_loss(terms, weights)
     means = _mean_over_processes({"loss": loss.detach(), **metrics})
     _require_finite(means)
-    if players.pace is not None:
-        players.pace.observe(means["clip_similarity"])
-    players.scaler.scale(loss).backward(inputs=players.lora)
+    if state.rise is not None:
+        state.rise.observe(means["clip_similarity"])
+    state.scaler.scale(loss).backward(inputs=state.lora)
     means["generator_grad_norm"] = _step(
-        players.lora, players.generator_optimizer, config.generator.clip, players.scaler
+        state.lora, state.generator_optimizer, config.generator.clip, state.scaler
     )
     if "entire" in terms:
         means["weight_entire"] = entire
@@ -53,8 +54,8 @@ def discriminator_update(
     adversary: Adversary, config: TrainConfig, features_BD: Tensor, negatives_B: Tensor
 ) -> Metrics:
     """Eq. 5 from the other side, on the same images: `features_BD` are theirs, detached."""
-    network, texts = adversary.network, adversary.names_ND[negatives_B.to(features_BD.device)]
-    images = adversary.see(features_BD)
+    network, texts = adversary.network, adversary.class_text_ND[negatives_B.to(features_BD.device)]
+    images = adversary.project(features_BD)
     loss = discriminator_loss(network, images, texts)
     accuracy = _accuracy(network, images, texts)
     means = _mean_over_processes({"discriminator_loss": loss.detach(), "discriminator_accuracy": accuracy})
@@ -66,77 +67,76 @@ def discriminator_update(
 
 
 @torch.no_grad()
-def warmup_features(players: Players, config: TrainConfig, batch: Batch) -> tuple[Tensor, Metrics]:
+def warmup_features(state: TrainState, config: TrainConfig, batch: Batch) -> tuple[Tensor, Metrics]:
     """CLIP features of images by the generator as it stands, without any gradient; and how well they fit."""
-    assert players.clip is not None  # the caller has an adversary, which judges CLIP's features
+    assert state.clip is not None  # the caller has an adversary, which judges CLIP's features
     settings = config.rollout
-    with players.autocast():
+    with state.autocast():
         latents = sample(
-            players.without_gradient(),
-            players.scheduler,
-            batch.latents.to(players.device),
-            players.prompts_NSD[batch.classes_B.to(players.device)],
-            players.uncond_1SD,
+            state.sd.unet,
+            *_sampler_inputs(state, batch),
             steps=settings.steps,
             guidance=settings.guidance,
             step_noise=batch.step_noise,
         )
-    features = players.clip.encode_image(decode(players.sd.vae, latents)).float()
-    individual = individual_alignment_loss(features, _descriptions(players, batch))
+    features = state.clip.encode_image(decode(state.sd.vae, latents)).float()
+    individual = individual_alignment_loss(features, _descriptions(state, batch))
     return features, _mean_over_processes({"clip_similarity": 1 - individual})
 
 
-def _rollout_images(players: Players, config: TrainConfig, batch: Batch) -> Tensor:
+def _sampler_inputs(state: TrainState, batch: Batch) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """Scheduler, starting latents, prompts and the empty prompt."""
+    prompts_BSD = state.prompts_NSD[batch.classes_B.to(state.device)]
+    return state.scheduler, batch.latents.to(state.device), prompts_BSD, state.uncond_1SD
+
+
+def _rollout_images(state: TrainState, config: TrainConfig, batch: Batch) -> Tensor:
     settings = config.rollout
-    with players.autocast():
+    with state.autocast():
         latents = rollout(
-            players.sd.unet,
-            players.scheduler,
-            batch.latents.to(players.device),
-            players.prompts_NSD[batch.classes_B.to(players.device)],
-            players.uncond_1SD,
+            state.sd.unet,
+            *_sampler_inputs(state, batch),
             steps=settings.steps,
             guidance=settings.guidance,
             grad_steps=batch.grad_steps,
             step_noise=batch.step_noise,
             detach_unet_input=settings.detach_unet_input,
-            frozen=players.without_gradient(),
         )
-    return decode(players.sd.vae, latents, settings.gradient_checkpointing)
+    return decode(state.sd.vae, latents, settings.gradient_checkpointing)
 
 
-def _clip_features(players: Players, config: TrainConfig, images_B3HW: Tensor) -> Tensor | None:
-    if players.clip is None:
+def _clip_features(state: TrainState, config: TrainConfig, images_B3HW: Tensor) -> Tensor | None:
+    if state.clip is None:
         return None
     with torch.set_grad_enabled(config.losses.entire > 0 or config.losses.individual > 0):
-        return players.clip.encode_image(images_B3HW).float()
+        return state.clip.encode_image(images_B3HW).float()
 
 
-def _descriptions(players: Players, batch: Batch) -> Tensor:
-    assert players.descriptions_ND is not None  # where there are features, CLIP is there
-    return players.descriptions_ND[batch.classes_B.to(players.device)]
+def _descriptions(state: TrainState, batch: Batch) -> Tensor:
+    assert state.descriptions_ND is not None  # where there are features, CLIP is there
+    return state.descriptions_ND[batch.classes_B.to(state.device)]
 
 
 def _reward_terms(
-    players: Players, config: TrainConfig, batch: Batch, images: Tensor, features: Tensor | None
+    state: TrainState, config: TrainConfig, batch: Batch, images: Tensor, features: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The terms of Eq. 8 that are switched on, and everything that was measured, detached."""
     losses, terms = config.losses, {}
     metrics: dict[str, Tensor] = {}
     if features is not None:
-        individual = individual_alignment_loss(features, _descriptions(players, batch))
+        individual = individual_alignment_loss(features, _descriptions(state, batch))
         metrics |= {"loss_individual": individual.detach(), "clip_similarity": 1 - individual.detach()}
         if losses.individual > 0:
             terms["individual"] = individual
-    if players.adversary is not None and features is not None:
-        names = players.adversary.names_ND[batch.negatives_B.to(players.device)]
+    if state.adversary is not None and features is not None:
+        names = state.adversary.class_text_ND[batch.negatives_B.to(state.device)]
         terms["entire"] = entire_alignment_loss(
-            players.adversary.network, players.adversary.see(features), names, losses.gan
+            state.adversary.network, state.adversary.project(features), names, losses.gan
         )
         metrics["loss_entire"] = terms["entire"].detach()
-    if players.qalign is not None:
+    if state.qalign is not None:
         with torch.set_grad_enabled(losses.quality > 0):
-            scores = players.qalign.score(images, checkpoint=config.rollout.gradient_checkpointing)
+            scores = state.qalign.score(images, checkpoint=config.rollout.gradient_checkpointing)
             quality = quality_loss(scores)
         metrics |= {"loss_quality": quality.detach(), "quality": scores.detach().mean()}
         if losses.quality > 0:

@@ -22,6 +22,7 @@ from ubgen.train import (
     OutputConfig,
     RolloutConfig,
     TrainConfig,
+    train,
 )
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -68,6 +69,14 @@ def config(networks: NetworkPaths, class_file: Path) -> TrainConfig:
         discriminator=DiscriminatorConfig(lr=1e-3, warmup_updates=2),
         output=OutputConfig(grid_every=2, grid_classes=3, grid_steps=2, checkpoint_every=2),
     )
+
+
+@pytest.fixture(scope="session")
+def finished(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a whole, uninterrupted run of `config`. Tests must not write to it."""
+    out = tmp_path_factory.mktemp("run") / "train"
+    assert train(config, out)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -80,13 +80,6 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
-@pytest.fixture(scope="module")
-def finished(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("finished") / "run"
-    assert train(dataclasses.replace(config, max_updates=1), out)
-    return out
-
-
 def test_a_wrong_input_leaves_the_run_that_it_would_replace(
     config: TrainConfig, change: Change, finished: Path, tmp_path: Path
 ) -> None:
@@ -117,7 +110,7 @@ def test_a_corrected_command_needs_no_other_directory(
     no_warmup = change(short, "discriminator", warmup_updates=0)
     with pytest.raises(UserError, match="there is no checkpoint yet"):
         train(change(no_warmup, "losses", individual=float("1e39")), out)
-    assert (out / "config.json").is_file()
+    assert (out / "run.json").is_file()
     assert train(no_warmup, out)
     rows = (out / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == 1

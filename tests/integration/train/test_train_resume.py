@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ubgen.cli.train import main
 from ubgen.core.errors import UserError
 from ubgen.diffusion import LORA_FILE
 from ubgen.train import TrainConfig, train
@@ -32,18 +35,10 @@ def results(out: Path) -> list:
     return [*((out / name).read_bytes() for name in RESULTS), rows]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "train"
-    train(config, out)
-    return out
-
-
-def test_stopped_after_every_update(config: TrainConfig, uninterrupted: Path, tmp_path: Path) -> None:
+def test_stopped_after_every_update(config: TrainConfig, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    finished = [train(config, out, stop_after=1) for _ in range(6)]
-    assert finished == [False] * 5 + [True]
-    assert results(out) == results(uninterrupted)
+    assert [train(config, out, stop_after=1) for _ in range(6)] == [False] * 5 + [True]
+    assert results(out) == results(finished)
 
 
 def test_the_average_of_the_last_updates_goes_on_too(
@@ -66,11 +61,11 @@ def test_the_average_of_the_last_updates_goes_on_too(
     assert (whole / "samples" / "average.png").is_file()
 
 
-def test_the_centre_of_the_images_and_the_rates_go_on_too(
+def test_the_centre_of_the_images_goes_on_too(
     config: TrainConfig, change: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     """Stopped within the warm-up, in which the centre is found, and after it."""
-    centred = change(config, "discriminator", features="centred", warmup_lr=5e-3)
+    centred = change(config, "discriminator", features="centred")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(centred, whole)
     assert [train(centred, parts, stop_after=1) for _ in range(6)] == [False] * 5 + [True]
@@ -109,7 +104,7 @@ def scaler(out: Path) -> dict:
 
 def test_killed_between_checkpoints(
     config: TrainConfig,
-    uninterrupted: Path,
+    finished: Path,
     write_recipe: Callable[[TrainConfig, Path], Path],
     tmp_path: Path,
 ) -> None:
@@ -122,7 +117,7 @@ def test_killed_between_checkpoints(
     assert not (out / "manifest.json").exists()
     (out / "checkpoints" / ".writing-left-behind").mkdir()
     assert train(config, out)
-    assert results(out) == results(uninterrupted)
+    assert results(out) == results(finished)
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == list(DONE)
 
 
@@ -136,7 +131,7 @@ def wait_for_lines(process: subprocess.Popen, path: Path, lines: int) -> None:
 
 
 def test_killed_while_metrics_and_checkpoint_were_being_written(
-    config: TrainConfig, uninterrupted: Path, tmp_path: Path
+    config: TrainConfig, finished: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     train(config, out, stop_after=4)
@@ -145,19 +140,22 @@ def test_killed_while_metrics_and_checkpoint_were_being_written(
     last = out / "checkpoints" / "000004"
     (last / "state.pt").unlink()  # as if the directory were incomplete: the one before it counts
     assert train(config, out)
-    assert results(out) == results(uninterrupted)
+    assert results(out) == results(finished)
 
 
 def test_another_configuration_does_not_continue(config: TrainConfig, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(config, out, stop_after=1)
-    with pytest.raises(UserError, match="seed was 42, now 43"):
+    with pytest.raises(UserError, match=r"an unfinished run .*seed was 42, now 43"):
         train(dataclasses.replace(config, seed=43), out)
+    (tmp_path / "classes.txt").write_text("cat\ndog\nbird\nfish\ncow\n")
+    with pytest.raises(UserError, match=r"class list\[4\] was .*crane.*now .*cow"):
+        train(dataclasses.replace(config, classes=str(tmp_path / "classes.txt")), out)
     assert train(config, out)
 
 
 def test_it_goes_on_where_the_same_weights_lie_and_with_other_outputs(
-    config: TrainConfig, change: Callable[..., TrainConfig], uninterrupted: Path, tmp_path: Path
+    config: TrainConfig, change: Callable[..., TrainConfig], finished: Path, tmp_path: Path
 ) -> None:
     out, moved = tmp_path / "run", tmp_path / "moved"
     train(config, out, stop_after=3)
@@ -168,11 +166,11 @@ def test_it_goes_on_where_the_same_weights_lie_and_with_other_outputs(
     weights = moved / "open_clip_model.safetensors"
     tensors = load_file(weights)
     save_file({**tensors, "logit_scale": tensors["logit_scale"] + 1}, weights)
-    with pytest.raises(UserError, match=r"weights\.clip was 'sha256:"):
+    with pytest.raises(UserError, match=r"weights\.clip was sha256:"):
         train(elsewhere, out)
     shutil.copy(Path(config.networks.clip) / weights.name, weights)
     assert train(elsewhere, out)
-    assert results(out) == results(uninterrupted)
+    assert results(out) == results(finished)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["000006"]
 
 
@@ -207,65 +205,93 @@ def test_who_may_read_the_run_may_read_its_checkpoints(config: TrainConfig, tmp_
     assert (checkpoints / "000002").stat().st_mode == checkpoints.stat().st_mode
 
 
-def launch(recipe: Path, outs: list[Path], *options: str) -> subprocess.CompletedProcess:
-    """A process for each of `outs`."""
-    script = recipe.with_name("launched.py")
-    script.write_text(
-        "import os, sys\nfrom ubgen.cli.train import main\n"
-        f"sys.argv += ['--out', {list(map(str, outs))}[int(os.environ['RANK'])]]\nmain()\n"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(len(outs)),
-    ]
-    return subprocess.run(
-        [*command, str(script), "--recipe", str(recipe), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def launch(recipe: Path, outs: list[Path], *options: str) -> tuple[list[int | None], str]:
+    """`ubgen-train` in a process for each of `outs`, which meet each other; their exit codes and what they printed.
+
+    The processes are forked from one that has imported ubgen.train, which takes longer than these runs.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ubgen.cli.train"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    printed = recipe.with_suffix(".printed")
+    command = ["ubgen-train", "--recipe", str(recipe), *options, "--out"]
+    processes = []
+    for rank, out in enumerate(outs):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(outs), "MASTER_PORT": port}
+        arguments = ([*command, str(out)], {name: str(value) for name, value in place.items()}, printed)
+        processes.append(context.Process(target=_one_of_several, args=arguments))
+        processes[-1].start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    return [process.exitcode for process in processes], printed.read_text()
 
 
-@pytest.mark.parametrize(
-    ("features", "rise"),
-    [pytest.param("raw", None, marks=pytest.mark.slow), ("centred", (0.0, 0.02))],
-)
-def test_two_processes_end_where_one_does(
-    features: str,
-    rise: tuple[float, float] | None,
-    config: TrainConfig,
-    change: Callable[..., TrainConfig],
-    write_recipe: Callable[[TrainConfig, Path], Path],
-    tmp_path: Path,
-) -> None:
-    """Images belong to their place in the run, so sharing them changes the rounding only. One of the runs is stopped,
-    and first goes on in a directory that only one process sees."""
-    every_step = change(config, "rollout", grad_steps=4)
-    every_step = change(every_step, "discriminator", features=features)  # a centre is everyone's
-    every_step = change(every_step, "losses", individual=8.0, entire_rise=rise)  # and so is similarity
-    train(every_step, tmp_path / "one")
+def _one_of_several(command: list[str], place: dict[str, str], printed: Path) -> None:
+    os.environ |= {**place, "MASTER_ADDR": "localhost"}
+    with printed.open("a") as file:
+        os.dup2(file.fileno(), 2)
+    sys.argv = command
+    main()
+
+
+@pytest.fixture
+def halves(config: TrainConfig, change: Callable[..., TrainConfig]) -> tuple[TrainConfig, TrainConfig]:
+    """The same run for one process and for each of two. A centre is everyone's, and so is similarity."""
+    whole = change(config, "rollout", grad_steps=4)
+    whole = change(whole, "discriminator", features="centred")
+    whole = change(whole, "losses", individual=8.0, entire_rise=(0.0, 0.02))
     device = "cpu" if torch.cuda.is_available() else "auto"  # which is the CPU, for processes that meet, too
-    halves = dataclasses.replace(every_step, batch_size=1, device=device)
-    recipe = write_recipe(halves, tmp_path / "recipe.toml")
-    out = tmp_path / "two"
-    if rise:
-        assert launch(recipe, [out, out], "--stop-after", "3").returncode == 0
-        apart = launch(recipe, [out, tmp_path / "not shared"])
-        assert apart.returncode != 0
-        assert f"--out {out}: the processes found checkpoints of different updates ([3, 0])" in apart.stderr
-    done = launch(recipe, [out, out])
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stderr
-    one, two = (load_file(tmp_path / name / LORA_FILE) for name in ("one", "two"))
-    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
-    rows = [results(tmp_path / name)[2] for name in ("one", "two")]
+    return whole, dataclasses.replace(whole, batch_size=1, device=device)
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Images belong to their place in the run, so sharing them changes the rounding only."""
+    first, second = (load_file(out / LORA_FILE) for out in (one, two))
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+    rows = [results(out)[2] for out in (one, two)]
     assert [len(them) for them in rows] == [6, 6]
     weights = [[row["weight_entire"] for row in them[2:]] for them in rows]
     assert weights[0] == pytest.approx(weights[1], abs=1e-4)
     assert weights[0][-1] > 0
+
+
+def test_two_processes_end_where_one_does(
+    halves: tuple[TrainConfig, TrainConfig],
+    write_recipe: Callable[[TrainConfig, Path], Path],
+    tmp_path: Path,
+) -> None:
+    """Stopped, begun again in a directory that only one process sees, continued, and called once more at the end."""
+    whole, half = halves
+    train(whole, tmp_path / "one")
+    out, recipe = tmp_path / "two", write_recipe(half, tmp_path / "recipe.toml")
+    assert launch(recipe, [out, out], "--stop-after", "3")[0] == [0, 0]
+    codes, printed = launch(recipe, [out, tmp_path / "not shared"])
+    assert codes == [2, 2]
+    assert f"--out {out}: the processes found checkpoints of different updates ([3, 0])" in printed
+    codes, printed = launch(recipe, [out, out])
+    assert codes == [0, 0], printed
+    assert "2 process(es)" in printed
+    assert_same_run(tmp_path / "one", out)
+    codes, printed = launch(recipe, [out, out])
+    assert codes == [0, 0], printed
+    assert printed.count(f"{out}: finished already") == 1
+
+
+@pytest.mark.slow
+def test_two_launched_processes_end_where_one_does(
+    halves: tuple[TrainConfig, TrainConfig],
+    write_recipe: Callable[[TrainConfig, Path], Path],
+    tmp_path: Path,
+) -> None:
+    """As a user launches them."""
+    whole, half = halves
+    train(whole, tmp_path / "one")
+    recipe = write_recipe(half, tmp_path / "recipe.toml")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "ubgen.cli.train", "--recipe", str(recipe), "--out", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, *command], env=environment, check=True, timeout=300)
+    assert_same_run(tmp_path / "one", tmp_path / "two")

@@ -11,29 +11,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ubgen.core.classes import load_classes
 from ubgen.core.errors import UserError
-from ubgen.core.stage import read_manifest, stage_directory
-from ubgen.diffusion import LORA_FILE, FusedTwin, load_lora, load_stable_diffusion, lora_parameters
-from ubgen.rewards import Discriminator
+from ubgen.core.stage import Stage, read_manifest
+from ubgen.diffusion import LORA_FILE, load_lora, load_stable_diffusion, lora_parameters
 from ubgen.train import LossConfig, RolloutConfig, TrainConfig, train
-from ubgen.train.checkpoint import DISCRIMINATOR_FILE
-from ubgen.train.players import load_players
-from ubgen.train.stream import draw_batch
-from ubgen.train.update import generator_update, warmup_features
 
 Change = Callable[..., TrainConfig]
 
 
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
 def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def finished(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("run") / "train"
-    assert train(config, out)
-    return out
 
 
 def test_metrics_tell_the_whole_game(finished: Path) -> None:
@@ -53,19 +44,6 @@ def test_metrics_tell_the_whole_game(finished: Path) -> None:
     assert (last["generator_lr"], last["discriminator_lr"]) == (1e-3, 1e-3)
     assert last["images_per_second"] > 0
     assert "loss" not in rows[0]
-
-
-def test_the_warm_up_has_a_rate_of_its_own(config: TrainConfig, change: Change, tmp_path: Path) -> None:
-    """AdamW's first steps move a weight by about the rate, whatever the gradient."""
-    out = tmp_path / "run"
-    train(change(config, "discriminator", warmup_lr=1e-2, lr=1e-6, weight_decay=0.0), out)
-    warm, end = (load_file(out / "checkpoints" / step / DISCRIMINATOR_FILE) for step in ("000002", "000006"))
-    torch.manual_seed(config.seed)
-    untrained = Discriminator(16, 3)
-    moved = max(float((warm[name] - value).abs().max()) for name, value in untrained.state_dict().items())
-    assert moved > 5e-3
-    assert 0 < max(float((end[name] - value).abs().max()) for name, value in warm.items()) < 1e-5
-    assert [row["discriminator_lr"] for row in metrics(out)] == [1e-2] * 2 + [1e-6] * 4
 
 
 def test_the_entire_loss_has_as_much_weight_as_similarity_has_risen(
@@ -134,11 +112,15 @@ def test_old_checkpoints_go(config: TrainConfig, change: Change, tmp_path: Path)
     assert not (tmp_path / "run" / "samples").exists()
 
 
-def test_a_finished_directory_is_kept_unless_told(finished: Path, config: TrainConfig) -> None:
-    before = (finished / LORA_FILE).read_bytes()
-    with pytest.raises(UserError, match="--overwrite"):
-        train(config, finished)
-    assert (finished / LORA_FILE).read_bytes() == before
+def test_the_same_command_on_a_finished_run_says_so_and_another_is_refused(
+    finished: Path, config: TrainConfig, capsys: pytest.CaptureFixture
+) -> None:
+    before = contents(finished)
+    assert train(config, finished)
+    assert f"{finished}: finished already" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"a finished run .*\(seed was 42, now 7\).*--overwrite"):
+        train(dataclasses.replace(config, seed=7), finished)
+    assert contents(finished) == before
 
 
 def test_overwriting_starts_again(config: TrainConfig, tmp_path: Path) -> None:
@@ -150,7 +132,7 @@ def test_overwriting_starts_again(config: TrainConfig, tmp_path: Path) -> None:
 
 
 def test_a_directory_in_use_is_refused(config: TrainConfig, tmp_path: Path) -> None:
-    with stage_directory(tmp_path / "run", "train", {}), pytest.raises(UserError, match="in use"):
+    with Stage(tmp_path / "run", "train", {}).hold(), pytest.raises(UserError, match="in use"):
         train(config, tmp_path / "run")
 
 
@@ -230,35 +212,3 @@ def test_rewards_rise_where_they_are_all_that_counts(
     train(dataclasses.replace(longer, losses=losses, max_updates=16, batch_size=4), tmp_path / "run")
     quality = [row["quality"] for row in metrics(tmp_path / "run")]
     assert sum(quality[-5:]) / 5 > sum(quality[:5]) / 5 + 0.1
-
-
-def test_calls_without_gradient_follow_the_lora(config: TrainConfig) -> None:
-    """An update with the twin is the update in which the UNet with its LoRA makes every call."""
-    classes, rows = load_classes(config.classes), []
-    for every_call_by_the_unet in (False, True):
-        players = load_players(config, classes, torch.device("cpu"))
-        unet, generator = players.sd.unet, torch.Generator().manual_seed(0)
-        for parameter in players.lora:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-        batch = draw_batch(config, classes.names, players.sd.latent_shape(), "train", 0, 2, 0, 1)
-        for phase in (warmup_features, generator_update):
-            twin = None if every_call_by_the_unet else FusedTwin(unet)  # one that has seen no LoRA yet
-            rows.append(phase(dataclasses.replace(players, twin=twin), config, batch))
-    for (features, figures), (expected, reference) in zip(rows[:2], rows[2:], strict=True):
-        assert torch.allclose(features, expected, atol=1e-4)
-        assert figures == pytest.approx(reference, rel=1e-3)
-
-
-def test_half_precision_does_not_round_a_young_lora_away(config: TrainConfig) -> None:
-    """Its changes are smaller than the last bit of the weights: the calls without gradient must not fuse them."""
-    classes, half = load_classes(config.classes), dataclasses.replace(config, precision="bf16")
-    players, generator = load_players(half, classes, torch.device("cpu")), torch.Generator().manual_seed(0)
-    batch = draw_batch(half, classes.names, players.sd.latent_shape(), "train", 0, 2, 0, 1)
-    for parameter in players.lora:
-        parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
-    features = [
-        warmup_features(dataclasses.replace(players, twin=twin), half, batch)[0]
-        for twin in (players.twin, None, FusedTwin(players.sd.unet))
-    ]
-    assert torch.equal(features[0], features[1])
-    assert not torch.equal(features[0], features[2])

@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from ubgen.core.errors import UserError
 from ubgen.diffusion import (
     LORA_FILE,
-    FusedTwin,
     StableDiffusion,
     add_lora,
     load_lora,
@@ -130,28 +129,6 @@ def test_merging_into_half_precision_happens_in_float32(reference: Path) -> None
     assert half.dtype == torch.bfloat16
     expected = full.to(torch.bfloat16).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in half.state_dict().items())
-
-
-def test_fused_twin_follows_the_lora_and_shares_all_else(tiny: StableDiffusion) -> None:
-    parameters = add_lora(tiny.unet, rank=4, alpha=2)
-    tiny.unet.enable_gradient_checkpointing()
-    tiny.unet.train()
-    twin = FusedTwin(tiny.unet)
-    outputs = []
-    for _ in range(2):
-        for parameter in parameters:
-            parameter.data += 0.05 * torch.randn(parameter.shape)
-        with torch.no_grad():
-            outputs.append(twin.refresh()(*INPUT).sample)
-        assert torch.allclose(outputs[-1], output(tiny), atol=1e-5)
-    assert not torch.allclose(*outputs, atol=1e-3)
-    assert not lora_parameters(twin.network)
-    assert not any(p.requires_grad for p in twin.network.parameters())
-    own = {id(p) for p in tiny.unet.parameters()}
-    apart = {name for name, p in twin.network.named_parameters() if id(p) not in own}
-    assert len(apart) == 32  # two tensors of the LoRA for each
-    projections = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
-    assert all(name.endswith(projections) for name in apart)
 
 
 def test_wrong_lora_files_are_refused(tiny: StableDiffusion, tmp_path: Path) -> None:

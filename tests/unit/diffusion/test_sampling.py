@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ubgen.core.errors import UserError
 from ubgen.diffusion import (
-    FusedTwin,
     StableDiffusion,
     add_lora,
     decode,
@@ -54,7 +53,6 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("prefix", "grad_steps"), [("grad", [1, 4, 7]), ("grad_alt", [0, 3, 6, 9])])
 def test_rollout_equals_the_released_code(
     tiny: StableDiffusion,
@@ -62,14 +60,12 @@ def test_rollout_equals_the_released_code(
     recorded_rollout: dict,
     prefix: str,
     grad_steps: list[int],
-    fused: bool,
 ) -> None:
     load_lora(tiny.unet, reference / "model" / "lora")
-    frozen = FusedTwin(tiny.unet).refresh() if fused else None
-    latents = recorded(tiny, recorded_rollout, grad_steps, frozen=frozen)
+    latents = recorded(tiny, recorded_rollout, grad_steps)
     assert (latents - recorded_rollout["latents"][-1]).abs().max() < 1e-4
     assert (decode(tiny.vae, latents) - recorded_rollout["images"]).abs().max() < 1e-4
-    gradients = lora_gradients(tiny, recorded_rollout, grad_steps, frozen=frozen)
+    gradients = lora_gradients(tiny, recorded_rollout, grad_steps)
     assert len(gradients) == 64
     for name, gradient in gradients.items():
         assert relative(gradient, recorded_rollout[f"{prefix}.{name}"]) < 1e-3, name
@@ -161,22 +157,6 @@ def test_nothing_needs_a_gradient_before_the_first_training_step(tiny: StableDif
     assert graph[2] == (False, True)
     assert graph[3:] == [(False, False)] * 2  # no graph is built where the UNet is not trained
     assert latents.requires_grad
-
-
-def test_the_twin_takes_the_calls_without_gradient_and_only_those(tiny: StableDiffusion) -> None:
-    calls = []
-
-    def network(name: str) -> Any:
-        def call(latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-            calls.append(name)
-            return tiny.unet(latents, timestep, context).sample
-
-        return call
-
-    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 32)
-    options = {"steps": 4, "guidance": 2.0, "grad_steps": [1, 3]}
-    rollout(network("own"), "ddim", x, context, context, frozen=network("twin"), **options)
-    assert calls == ["twin", "own", "twin", "own"]
 
 
 def test_pndm_rollout_equals_pndm_sampling(tiny: StableDiffusion) -> None:

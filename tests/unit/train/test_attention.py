@@ -7,7 +7,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from ubgen.core import probes
 from ubgen.core.errors import UserError
 from ubgen.diffusion import load_stable_diffusion
-from ubgen.train.attention import set_attention
+from ubgen.train.state import set_attention
 
 MODEL = Path(__file__).parents[2] / "golden" / "reference" / "model"
 CPU = torch.device("cpu")

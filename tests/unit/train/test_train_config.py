@@ -127,7 +127,6 @@ def test_an_optimiser_that_could_not_learn_is_refused(
     [
         ("discriminator.warmup_updates", -5),
         ("discriminator.warmup_epochs", -0.5),
-        ("discriminator.warmup_lr", 0.0),
         ("output.grid_every", -1),
         ("generator.lora_alpha", 0.0),
         ("seed", 2**63),

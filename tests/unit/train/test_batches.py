@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ubgen.train import NetworkPaths, RolloutConfig, TrainConfig
-from ubgen.train.stream import Batch, class_at, draw_batch, updates_for
+from ubgen.train.batches import Batch, class_at, draw_batch, updates_for
 
 NAMES = ("cat", "crane", "dog", "Crane", "bird")
 CONFIG = TrainConfig(

@@ -1,4 +1,4 @@
-"""What each update sees. Everything is a pure function of (seed, position in the run).
+"""The batches of a run. Each is a pure function of (seed, position in the run).
 
 No random state is carried from one update to the next, so a continued run has nothing to restore, and images do
 not depend on how many processes share the work.

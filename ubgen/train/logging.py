@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics as JSON lines and in TensorBoard, and sample grids."""
+"""What a run records for people: metrics as JSON lines and in TensorBoard, and sample grids."""
 
 import io
 import json
@@ -11,16 +11,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
-from ubgen.core.stage import atomic_write
+from ubgen.core.files import atomic_write
 from ubgen.diffusion import decode, initial_noise, sample, with_sampler
 from ubgen.train.config import TrainConfig
-from ubgen.train.players import Players
+from ubgen.train.state import TrainState
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "clip_similarity": "similarity {:.3f}",
+    "quality": "quality {:.2f}",
+    "discriminator_accuracy": "D right {:.0%}",
+    "images_per_second": "{:.2g} images/s",
+}
 
 
-class Record:
+class MetricsLog:
     """Appends one line per update to metrics.jsonl and mirrors it to TensorBoard.
 
     A continued run first drops the lines after its checkpoint: those updates are done again.
@@ -34,10 +41,9 @@ class Record:
 
     def write(self, step: int, phase: str, metrics: dict[str, float]) -> None:
         """`step` counts all updates from 1, the warm-up's too."""
+        # JSON has no inf (a norm that the loss scaler skipped)
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with self.path.open(
-            "a", encoding="utf-8"
-        ) as file:  # JSON has no inf (a norm that the loss scaler skipped)
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "phase": phase, **finite}) + "\n")
         for name, value in metrics.items():
             self.tensorboard.add_scalar(f"{phase}/{name}", value, step)
@@ -54,14 +60,19 @@ def _complete_lines(path: Path) -> list[str]:
     return text[: text.rfind("\n") + 1].splitlines()
 
 
-def save_grid(path: Path, players: Players, config: TrainConfig) -> None:
+def figures(metrics: dict[str, float]) -> str:
+    """The few numbers worth watching."""
+    return ", ".join(text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics)
+
+
+def save_grid(path: Path, state: TrainState, config: TrainConfig) -> None:
     """A PNG of PNDM samples: a column per class, always the same classes and the same starting noise."""
-    count, rows = len(players.prompts_NSD), config.output.grid_rows
+    count, rows = len(state.prompts_NSD), config.output.grid_rows
     columns = min(config.output.grid_classes, count)
     classes = [column * count // columns for column in range(columns)]
     identities = [(cls, row) for row in range(rows) for cls in classes]
     pieces = [
-        _sample_images(players, config, identities[i : i + 2 * config.batch_size])
+        _sample_images(state, config, identities[i : i + 2 * config.batch_size])
         for i in range(0, len(identities), 2 * config.batch_size)
     ]
     buffer = io.BytesIO()
@@ -78,19 +89,19 @@ def _contact_sheet(images_B3HW: Tensor, columns: int, gap: int = 2) -> Image.Ima
 
 
 @torch.no_grad()
-def _sample_images(players: Players, config: TrainConfig, identities: list[tuple[int, int]]) -> Tensor:
+def _sample_images(state: TrainState, config: TrainConfig, identities: list[tuple[int, int]]) -> Tensor:
     """Images B3HW on the CPU; each identity is (class index, image index)."""
-    shape = players.sd.latent_shape()
+    shape = state.sd.latent_shape()
     noise = torch.stack([initial_noise(config.seed, cls, image, shape) for cls, image in identities])
-    cond = players.prompts_NSD[[cls for cls, _ in identities]]
-    with players.autocast():
+    cond = state.prompts_NSD[[cls for cls, _ in identities]]
+    with state.autocast():
         latents = sample(
-            players.without_gradient(),
-            with_sampler(players.sd.scheduler, "pndm"),
-            noise.to(players.device),
+            state.sd.unet,
+            with_sampler(state.sd.scheduler, "pndm"),
+            noise.to(state.device),
             cond,
-            players.uncond_1SD,
+            state.uncond_1SD,
             steps=config.output.grid_steps,
             guidance=config.rollout.guidance,
         )
-    return decode(players.sd.vae, latents).cpu()
+    return decode(state.sd.vae, latents).cpu()

@@ -1,0 +1,276 @@
+"""What a run trains and what it trains with: networks, optimisers, encoded texts, and the means that it keeps."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ubgen.core import probes
+from ubgen.core.classes import ClassList
+from ubgen.core.config import require_directory, resolve_path
+from ubgen.core.errors import UserError
+from ubgen.diffusion import StableDiffusion, add_lora, encode_prompts, load_stable_diffusion, with_sampler
+from ubgen.rewards import Centre, Clip, Discriminator, QAlign
+from ubgen.train.config import DiscriminatorConfig, GeneratorConfig, LossConfig, TrainConfig
+
+HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CENTRE = "centre."  # before the names of the centre's tensors in a checkpoint
+MOMENTUM = 0.9  # of the running mean of similarity: a single batch says too little
+_FILES = {
+    "stable_diffusion": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+    "clip": ("open_clip_config.json", "open_clip_model.safetensors"),
+    "qalign": ("config.json",),
+}
+
+
+@dataclass
+class Adversary:
+    """The discriminator and its training: the optimiser, the texts of Eq. 5, and the images' centre if it is used."""
+
+    network: Discriminator
+    optimizer: torch.optim.Optimizer
+    class_text_ND: Tensor  # CLIP features of the bare class names, projected
+    centre: Centre | None = None
+
+    def project(self, features_BD: Tensor) -> Tensor:
+        """CLIP features of images -> the discriminator's input."""
+        return features_BD if self.centre is None else self.centre.images(features_BD)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of the network, and of the centre if there is one."""
+        centre = {} if self.centre is None else self.centre.state_dict(prefix=CENTRE)
+        return {**self.network.state_dict(), **centre}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        network = {name: tensor for name, tensor in state.items() if not name.startswith(CENTRE)}
+        self.network.load_state_dict(network)
+        if self.centre is not None:
+            centre = {name.removeprefix(CENTRE): state[name] for name in state.keys() - network.keys()}
+            self.centre.load_state_dict(centre)
+
+
+class WeightAverage:
+    """The mean of the LoRA over the last updates: stochastic weight averaging (Izmailov et al. 2018).
+
+    Two players circle around what they approach. Call `add` after each update that counts. `apply` puts the mean in
+    place of the weights, and multiplies its change of the UNet's weights by `strength`.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], strength: float) -> None:
+        self._parameters = parameters
+        self._factor = strength**0.5  # for either of the two matrices whose product is a layer's change
+        self._sums = [torch.zeros_like(p, requires_grad=False) for p in parameters]
+        self._count = 0
+
+    @torch.no_grad()
+    def add(self) -> None:
+        for total, parameter in zip(self._sums, self._parameters, strict=True):
+            total += parameter
+        self._count += 1
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        for total, parameter in zip(self._sums, self._parameters, strict=True):
+            parameter.copy_(total / self._count * self._factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for total, saved in zip(self._sums, state["sums"], strict=True):
+            total.copy_(saved)
+        self._count = int(state["count"])
+
+
+class EntireRise:
+    """The share of its weight that the entire alignment loss has, by `losses.entire_rise`.
+
+    It grows as the images' CLIP similarity rises over the base generator's, and shrinks where similarity falls back, so
+    that the adversary takes no more than was gained.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        self._low, self._high = low, high
+        self._base = self._count = 0.0
+        self._mean: float | None = None
+
+    def observe_base(self, similarity: float) -> None:
+        """The mean similarity of one warm-up update, whose images are the base generator's."""
+        self._base = (self._base * self._count + similarity) / (self._count + 1)
+        self._count += 1
+
+    def observe(self, similarity: float) -> None:
+        """The mean similarity of one update after the warm-up."""
+        before = self._base if self._mean is None else self._mean
+        self._mean = MOMENTUM * before + (1 - MOMENTUM) * similarity
+
+    def share(self) -> float:
+        """0 to 1, for the next update."""
+        rise = 0.0 if self._mean is None else self._mean - self._base
+        return min(1.0, max(0.0, (rise - self._low) / (self._high - self._low)))
+
+    def state_dict(self) -> dict[str, float | None]:
+        return {"base": self._base, "count": self._count, "mean": self._mean}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        self._base, self._count = state["base"] or 0.0, state["count"] or 0.0
+        self._mean = state["mean"]
+
+
+@dataclass
+class TrainState:
+    """All that an update needs. Networks that the losses do not use are None."""
+
+    sd: StableDiffusion
+    scheduler: Any
+    clip: Clip | None
+    qalign: QAlign | None
+    lora: list[nn.Parameter]
+    generator_optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    adversary: Adversary | None
+    prompts_NSD: Tensor
+    uncond_1SD: Tensor
+    descriptions_ND: Tensor | None  # CLIP features of "photo of <class>"
+    device: torch.device
+    dtype: torch.dtype
+    attention: str  # a line for the log
+    average: WeightAverage | None = None
+    rise: EntireRise | None = None
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision for the UNet: a float32 LoRA on half-precision weights. The others cast for themselves."""
+        # no cache: a LoRA weight first cast in a step without gradient would be reused, without one, where it trains
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=half, cache_enabled=False)
+
+
+def require_networks(config: TrainConfig) -> None:
+    """UserError naming the option whose directory is missing or incomplete; nothing is loaded."""
+    for name in networks_needed(config.losses):
+        option = f"--networks.{name.replace('_', '-')}"
+        require_directory(getattr(config.networks, name), option, *_FILES[name])
+
+
+def networks_needed(losses: LossConfig) -> list[str]:
+    """The networks that a run with these losses reads."""
+    needed = {
+        "stable_diffusion": True,
+        "clip": losses.entire > 0 or losses.individual > 0 or losses.log_unused,
+        "qalign": losses.quality > 0 or losses.log_unused,
+    }
+    return [name for name, is_needed in needed.items() if is_needed]
+
+
+def network_paths(config: TrainConfig) -> dict[str, Path]:
+    """The directories of the networks that this run reads."""
+    return {name: resolve_path(getattr(config.networks, name)) for name in networks_needed(config.losses)}
+
+
+def build_state(config: TrainConfig, classes: ClassList, device: torch.device) -> TrainState:
+    """Load and freeze the networks, add what is trained, and encode all texts, once."""
+    dtype, losses = HALF[config.precision], config.losses
+    sd = load_stable_diffusion(config.networks.stable_diffusion, dtype, device)
+    lora = _equip_unet(sd.unet, config)
+    attention = set_attention(sd.unet, config.attention, device, config.precision)
+    needed = networks_needed(losses)
+    clip = Clip.load(config.networks.clip, dtype, device) if "clip" in needed else None
+    qalign = QAlign.load(config.networks.qalign, dtype, device) if "qalign" in needed else None
+    prompts = [config.prompt.replace("{name}", name) for name in classes.names]
+    descriptions = [config.description.replace("{name}", name) for name in classes.names]
+    return TrainState(
+        sd=sd,
+        scheduler=with_sampler(sd.scheduler, config.rollout.sampler),
+        clip=clip,
+        qalign=qalign,
+        lora=lora,
+        generator_optimizer=_adamw(lora, config.generator),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        adversary=make_adversary(config, clip, classes, device),
+        prompts_NSD=torch.cat([encode_prompts(sd, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]),
+        uncond_1SD=encode_prompts(sd, [""]),
+        descriptions_ND=None if clip is None else clip.encode_text(descriptions).float(),
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        average=WeightAverage(lora, config.generator.average_strength)
+        if config.generator.average_last
+        else None,
+        rise=EntireRise(*losses.entire_rise) if losses.entire > 0 and losses.entire_rise else None,
+    )
+
+
+def _equip_unet(unet: Any, config: TrainConfig) -> list[nn.Parameter]:
+    settings = config.generator
+    lora = add_lora(unet, settings.lora_rank, settings.lora_alpha, config.seed, settings.lora_layers)
+    if config.rollout.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()
+    return lora
+
+
+def set_attention(unet: Any, wanted: str, device: torch.device, precision: str) -> str:
+    """Install `wanted` ("auto", "xformers", "sdpa") in `unet`; returns a line for the log.
+
+    UserError when xformers is demanded but cannot run here.
+    """
+    from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
+
+    reason = "not asked for" if wanted == "sdpa" else _xformers_obstacle(device, precision)
+    if wanted == "xformers" and reason:
+        raise UserError(f"attention: xformers cannot be used: {reason}; use auto or sdpa")
+    # set directly: enable_xformers_memory_efficient_attention() first tries a float32 call that newer GPUs lack
+    unet.set_attn_processor(AttnProcessor2_0() if reason else XFormersAttnProcessor())
+    return f"attention: PyTorch's SDPA (xformers: {reason})" if reason else "attention: xformers"
+
+
+def _xformers_obstacle(device: torch.device, precision: str) -> str:
+    """Why xformers cannot run here; empty where it can."""
+    probe = probes.xformers()
+    if not probe.available:
+        return probe.detail
+    if device.type != "cuda":
+        return f"has no operator for {device.type} tensors"
+    if precision == "no" and torch.cuda.get_device_capability(device) > (9, 0):
+        return "has no float32 operator for GPUs above compute capability 9.0"
+    return ""
+
+
+def make_adversary(
+    config: TrainConfig, clip: Clip | None, classes: ClassList, device: torch.device
+) -> Adversary | None:
+    """A fresh discriminator with its optimiser and its texts; None where the entire alignment loss is off."""
+    if config.losses.entire == 0 or clip is None:
+        return None
+    if len(set(classes.names)) < 2:
+        raise UserError("classes: the entire alignment loss needs at least two different class names")
+    settings = config.discriminator
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = Discriminator(
+            clip.dim,
+            settings.hidden,
+            settings.activation,
+            settings.slope,
+            "normalised" if settings.features == "normalised" else "raw",
+        )
+    network.to(device)
+    optimizer = _adamw(list(network.parameters()), settings)
+    class_text_ND = clip.encode_text(classes.names).float()
+    if settings.features != "centred":
+        return Adversary(network, optimizer, class_text_ND)
+    return Adversary(network, optimizer, Centre.texts(class_text_ND), Centre(clip.dim).to(device))
+
+
+def _adamw(
+    parameters: list[nn.Parameter], settings: GeneratorConfig | DiscriminatorConfig
+) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
