@@ -89,6 +89,89 @@ def test_a_wrong_file_is_refused_with_its_place(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "class_id,class_name\n0,tench\n1,goldfish\n",
+            "line 1: 'class_id,class_name' is the header of a table",
+        ),
+        ("id\tname\nn01440764\ttench\n", "line 1: 'id\\tname' is the header of a table"),
+        ("0,tench\n1,goldfish\n", "is a comma-separated table"),
+        ("0;tench\n1;goldfish\n", "is a semicolon-separated table"),
+        ("# my classes\ntench\n", "line 1: '# my classes' looks like a comment"),
+        ("tench\n\n# fish end here\n", "line 3: '# fish end here' looks like a comment"),
+        ('"golden retriever"\n"tench"\n', "line 1: '\"golden retriever\"' is in quotes"),
+        ("'tench',\n'goldfish',\n", "is in quotes"),
+        ("- tench\n- goldfish\n", "line 1: '- tench' looks like YAML"),
+        ("names:\n  0: tench\n", "line 1: 'names:' looks like a key of YAML"),
+        ("0: tench\n1: goldfish\n", "its lines are numbered"),
+        ("1. tench\n2. goldfish\n", "its lines are numbered"),
+        ("0 tench\n1 goldfish\n", "its lines are numbered"),
+        ('["tench", "goldfish"\n', "looks like JSON, but is not valid"),
+        ('{"tench": 1, "goldfish": 5}', "this JSON is not a class list"),
+        ('{"0": "tench", "2": "goldfish"}', "this JSON is not a class list"),
+        ('{"names": ["tench"]}', "this JSON is not a class list"),
+        ('["tench", 7]', "this JSON is not a class list"),
+        ("[]", "this JSON is not a class list"),
+        ('["tench", "tench"]', "line 2: 'tench' is already on line 1"),
+    ],
+)
+def test_another_format_is_refused_in_one_line_that_says_what_to_write(tmp_path, content, message):
+    path = write(tmp_path, content)
+    with pytest.raises(UserError) as caught:
+        load_classes(path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+IMAGENET = ((("n01440764", "n01443537", "n01484850")), ("tench", "goldfish", "great white shark"))
+
+
+@pytest.mark.parametrize(
+    ("content", "ids", "names"),
+    [
+        ("n01440764 tench\nn01443537 goldfish\nn01484850 great white shark\n", *IMAGENET),
+        (
+            "n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n",
+            ("n01440764", "n01443537"),
+            ("tench, Tinca tinca", "goldfish, Carassius auratus"),
+        ),
+        (
+            '{"0": ["n01440764", "tench"], "2": ["n01484850", "great_white_shark"], "1": ["n01443537", "goldfish"]}',
+            *IMAGENET,
+        ),
+        ('{"n01440764": "tench",\n "n01443537": "goldfish",\n "n01484850": "great white shark"}', *IMAGENET),
+        ('["tench",\n "Rock Étoile"]', ("tench", "rock-étoile"), ("tench", "Rock Étoile")),
+        (
+            '{"10": "k", "0": "a", "1": "b", "2": "c", "3": "d", "4": "e", "5": "f", "6": "g", "7": "h", "8": "i",'
+            ' "9": "j"}',
+            tuple("abcdefghijk"),
+            tuple("abcdefghijk"),
+        ),
+        ('{"goldfish": 1, "tench": 0}', ("tench", "goldfish"), ("tench", "goldfish")),
+    ],
+    ids=["wnid", "synset words", "class index", "id to name", "names", "label to name", "name to label"],
+)
+def test_the_usual_files_of_imagenet_and_json_are_read_in_label_order(tmp_path, content, ids, names):
+    classes = load_classes(write(tmp_path, content))
+    assert (classes.ids, classes.names) == (ids, names)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("7 UP bottle", "9 volt battery"),
+        ("tench, adult", "goldfish, adult"),
+        ("label", "tag"),
+        ("C#", "Java"),
+    ],
+)
+def test_names_that_only_look_a_little_like_another_format_stay(tmp_path, names):
+    assert load_classes(write(tmp_path, "\n".join(names))).names == names
+
+
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(UserError, match=r"'imagenet' is neither a file nor one of .*imagenet1k"):
         load_classes("imagenet")
