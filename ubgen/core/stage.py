@@ -43,7 +43,8 @@ def content_hash(path: Path, digest: Callable[[Path], str] | None = None) -> str
     """ "sha256:<hex>" of a file's bytes, or of a directory's sorted relative file names and their bytes.
 
     In a directory only hidden files and Markdown are skipped, which no stage reads; where it lies and its times do not
-    count. UserError if `path` is missing.
+    count. Links are followed, to files and to directories: what counts is what a stage reads. UserError if `path` is
+    missing, or a link in it leads nowhere or back to a directory above.
     `digest` stands in for `file_digest`, for a caller that remembers what it has hashed.
     """
     digest = digest or file_digest
@@ -53,16 +54,27 @@ def content_hash(path: Path, digest: Callable[[Path], str] | None = None) -> str
     if not path.is_dir():
         return f"sha256:{digest(path)}"
     total = hashlib.sha256()
-    names = (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-    for name in sorted(name for name in names if not _unread(name)):
+    names = sorted(_files_below(path))
+    for name in names:
         # the newline and the digest's fixed length keep (name, content) pairs from running into each other
         total.update(f"{name}\n{digest(path / name)}\n".encode())
     return f"sha256:{total.hexdigest()}"
 
 
-def _unread(name: str) -> bool:
-    """What a download or a version control leaves in a directory of weights."""
-    return name.endswith(".md") or any(part.startswith(".") for part in name.split("/"))
+def _files_below(root: Path, above: tuple[Path, ...] = ()) -> Iterator[str]:
+    """Relative names of the files that a stage may read: not what a download or a version control leaves."""
+    above = (*above, root.resolve())
+    for path in root.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if path.resolve() in above:
+                raise UserError(f"{path} is a link to a directory above it")
+            yield from (f"{path.name}/{name}" for name in _files_below(path, above))
+        elif not path.name.endswith(".md"):
+            if not path.exists():
+                raise UserError(f"{path} is a link to a file that does not exist")
+            yield path.name
 
 
 def file_digest(path: Path) -> str:

@@ -200,6 +200,27 @@ def test_content_hash_of_a_directory_leaves_out_what_no_stage_reads(tmp_path):
     assert content_hash(tmp_path) != first
 
 
+def test_content_hash_follows_links_to_the_bytes_that_are_read(tmp_path):
+    for name in ("plain", "linked", "shared"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "shared" / "vae").mkdir()
+    (tmp_path / "plain" / "vae").mkdir()
+    for place in (tmp_path / "plain" / "vae" / "w", tmp_path / "shared" / "vae" / "w"):
+        place.write_bytes(b"x")
+    (tmp_path / "linked" / "vae").symlink_to(tmp_path / "shared" / "vae")
+    first = content_hash(tmp_path / "linked")
+    assert first == content_hash(tmp_path / "plain")
+    (tmp_path / "shared" / "vae" / "w").write_bytes(b"y")
+    assert content_hash(tmp_path / "linked") != first
+    (tmp_path / "linked" / "loop").symlink_to(tmp_path / "linked")
+    with pytest.raises(UserError, match="linked/loop is a link to a directory above it"):
+        content_hash(tmp_path / "linked")
+    (tmp_path / "linked" / "loop").unlink()
+    (tmp_path / "linked" / "gone").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match="linked/gone is a link to a file that does not exist"):
+        content_hash(tmp_path / "linked")
+
+
 def test_content_hash_of_a_known_file(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
     # FIPS 180-2, appendix B.1
