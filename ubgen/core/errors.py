@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import warnings
 from collections.abc import Callable
 
 _USER_ERROR = 2
@@ -10,6 +11,26 @@ _INTERRUPTED = 130
 
 class UserError(Exception):
     """A wrong input. The message is one line that names the file or option and says what would be right."""
+
+
+class Warned(UserWarning):
+    """Something that is probably not what the user wants, although it can be done; `run` prints it as one line."""
+
+
+def warn(message: str) -> None:
+    """Tell the user, once for each message of a process."""
+    warnings.warn(message, Warned, stacklevel=3)
+
+
+def _one_line_warnings() -> None:
+    default = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
+        if issubclass(category, Warned):
+            return f"warning: {message}\n"
+        return default(message, category, *place, **more)  # type: ignore[arg-type]  # passed on as it came
+
+    warnings.formatwarning = formatted  # type: ignore[assignment]  # it takes whatever Python passes
 
 
 def install_extra(name: str) -> str:
@@ -25,6 +46,7 @@ def run(main: Callable[[], object], *, resumes: bool = True) -> None:
     this one stopped, and the line says so.
     """
     again = _again() if resumes else ""
+    _one_line_warnings()
     try:
         main()
     except UserError as error:

@@ -14,7 +14,9 @@ from ubgen.diffusion.sampling import decode, rollout, sample, sample_guided
 from ubgen.diffusion.schedule import Call, draw_training_steps, schedule, training_steps
 from ubgen.diffusion.stable_diffusion import (
     StableDiffusion,
+    check_stable_diffusion,
     encode_prompts,
+    load_scheduler,
     load_stable_diffusion,
     with_sampler,
 )
@@ -24,12 +26,14 @@ __all__ = [
     "Call",
     "StableDiffusion",
     "add_lora",
+    "check_stable_diffusion",
     "decode",
     "draw_training_steps",
     "encode_prompts",
     "hashed_generator",
     "initial_noise",
     "load_lora",
+    "load_scheduler",
     "load_stable_diffusion",
     "lora_parameters",
     "merge_lora",

@@ -1,6 +1,5 @@
 """Reading a Q-Align checkpoint directory: one or several safetensors files, or the older pickled shards."""
 
-import json
 import pickle
 import re
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ubgen.core.errors import UserError
+from ubgen.core.weights import read_header, read_json_object, require_finite, require_real_file
 
 # a table that older library versions saved with the weights; we compute it
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -22,17 +22,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(f"{directory}: not a Q-Align directory, it has no config.json")
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is expected")
-    return value
+    return read_json_object(path)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -53,7 +43,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    table = _read_json(index).get("weight_map")
+    table = read_json_object(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise UserError(f"{index}: no 'weight_map' in it")
     files = [index.parent / Path(str(name)).name for name in sorted(set(table.values()))]
@@ -61,6 +51,15 @@ def _indexed(index: Path) -> list[Path]:
         if not file.is_file():
             raise UserError(f"{index}: it names {file.name}, which is missing")
     return files
+
+
+def check_weight_files(directory: Path) -> None:
+    """UserError when a file of the checkpoint is not there as a whole; reads the headers alone."""
+    for file in weight_files(directory):
+        if file.suffix == ".safetensors":
+            read_header(file)
+        else:
+            require_real_file(file)
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -88,6 +87,7 @@ def load_into(model: nn.Module, directory: Path, dtype: torch.dtype, device: tor
 
     Every tensor must be there with the model's shape, and no other: UserError names the first that is not.
     """
+    check_weight_files(directory)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state: dict[str, Tensor] = {}
     for file in weight_files(directory):
@@ -96,6 +96,7 @@ def load_into(model: nn.Module, directory: Path, dtype: torch.dtype, device: tor
                 continue
             _check(file, name, tensor, expected)
             state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+            require_finite([(name, state[name])], file)
     missing = [name for name in expected if name not in state]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

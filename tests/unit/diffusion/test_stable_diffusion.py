@@ -1,5 +1,8 @@
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +10,16 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 from ubgen.core.errors import UserError
-from ubgen.diffusion import StableDiffusion, encode_prompts, load_stable_diffusion, schedule, with_sampler
+from ubgen.diffusion import (
+    StableDiffusion,
+    check_stable_diffusion,
+    encode_prompts,
+    load_stable_diffusion,
+    schedule,
+    with_sampler,
+)
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1059962\n"
 
 
 @pytest.fixture
@@ -61,7 +73,7 @@ def test_missing_tensor(copy: Path, part: str) -> None:
 def test_damaged_file(copy: Path) -> None:
     file = copy / "vae" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match="vae: cannot load AutoencoderKL"):
+    with pytest.raises(UserError, match=r"vae/diffusion_pytorch_model\.safetensors is not a safetensors"):
         load_stable_diffusion(copy)
 
 
@@ -74,3 +86,117 @@ def test_missing_file(copy: Path) -> None:
 def test_prompts_need_a_tokenizer(tiny: StableDiffusion) -> None:
     with pytest.raises(UserError, match="tokenizer"):
         encode_prompts(tiny, ["a"])
+
+
+def changed(file: Path, **values: Any) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**content, **values}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("unet", {"in_channels": 9}, "takes 9 channels and predicts 4: an inpainting or editing model"),
+        ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type is 'text_time'; only UNets like"),
+        ("unet", {"class_embed_type": "timestep"}, "class_embed_type is 'timestep'; only UNets like"),
+        ("unet", {"cross_attention_dim": 1024}, "text embeddings of width 1024, the text encoder has"),
+        ("text_encoder", {"hidden_size": 768}, r"the text encoder has 768; take both from one model"),
+        (
+            "vae",
+            {"latent_channels": 16},
+            "works on 4 latent channels, the VAE has 16; take both from one model",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused_by_their_configs(
+    copy: Path, part: str, values: dict[str, Any], message: str
+) -> None:
+    changed(copy / part / "config.json", **values)
+    with pytest.raises(UserError, match=message):
+        check_stable_diffusion(copy)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "scheduler/scheduler_config.json",
+    ],
+)
+@pytest.mark.parametrize(
+    ("content", "message"), [(LFS, "is a Git LFS pointer"), ("", "is empty"), ("[" * 9, "is not")]
+)
+def test_a_file_that_is_not_what_its_name_says(copy: Path, name: str, content: str, message: str) -> None:
+    (copy / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        check_stable_diffusion(copy)
+    assert str(caught.value).startswith(str(copy / name))
+    assert message in str(caught.value)
+
+
+def test_a_tokenizer_whose_files_are_missing_or_not_there_yet(copy: Path) -> None:
+    directory = copy / "tokenizer"
+    directory.mkdir()
+    with pytest.raises(UserError, match=r"tokenizer/vocab\.json: no such file"):
+        check_stable_diffusion(copy)
+    (directory / "vocab.json").write_text('{"a": 0}')
+    (directory / "merges.txt").write_text(LFS)
+    with pytest.raises(UserError, match=r"merges\.txt is a Git LFS pointer"):
+        check_stable_diffusion(copy)
+
+
+def test_pickled_weights_come_with_the_line_that_converts_them(copy: Path) -> None:
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    wanted = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    file.unlink()
+    with pytest.raises(UserError, match="only pickled weights") as caught:
+        load_stable_diffusion(copy)
+    program = str(caught.value).split('python -c "')[1].removesuffix('"')
+    exec(program)  # the line itself, as the user would run it
+    assert {n: t.tolist() for n, t in load_file(file).items()} == {n: t.tolist() for n, t in wanted.items()}
+    load_stable_diffusion(copy)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(copy: Path, part: str, value: float) -> None:
+    file = next((copy / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"holds NaN or infinity \(1 of ") as caught:
+        load_stable_diffusion(copy)
+    assert str(caught.value).startswith(str(file))
+    assert name.removeprefix("text_model.") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kind", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "LMSDiscreteScheduler"]
+)
+def test_a_scheduler_of_another_class_is_read_as_pndm_on_its_noise(copy: Path, kind: str) -> None:
+    import diffusers
+
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    getattr(diffusers, kind)(**noise).save_pretrained(copy / "scheduler")
+    assert schedule(load_stable_diffusion(copy).scheduler, 20) == schedule("pndm", 20)
+
+
+def test_a_ddim_file_of_stable_diffusion_serves_pndm(copy: Path, tiny: StableDiffusion) -> None:
+    from diffusers import DDIMScheduler
+
+    DDIMScheduler.from_config(tiny.scheduler.config).save_pretrained(copy / "scheduler")
+    assert schedule(with_sampler(load_stable_diffusion(copy).scheduler, "pndm"), 20) == schedule("pndm", 20)
+
+
+@pytest.mark.parametrize("write", [lambda c: c.pop("beta_end"), lambda c: c.clear()])
+def test_a_scheduler_without_a_noise_schedule(copy: Path, write: Callable[[dict[str, Any]], object]) -> None:
+    file = copy / "scheduler" / "scheduler_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    write(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=r"scheduler_config\.json: has no "):
+        load_stable_diffusion(copy)

@@ -1,4 +1,5 @@
 import json
+import warnings
 from pathlib import Path
 
 import open_clip
@@ -6,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, Warned
 from ubgen.rewards import Clip, clip_preprocess
 
 CONFIG = {
@@ -121,8 +122,60 @@ def test_weights_of_another_network_are_refused(tmp_path, directory, name, tenso
         (config(text_cfg={"hf_model_name": "some/model"}), "would be downloaded"),
         (config(vision_cfg={"image_size": [32, 16]}), "whole numbers"),
         (CONFIG | {"preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}, "preprocess_cfg.mean"),
+        (
+            CONFIG | {"preprocess_cfg": {"interpolation": "bilinear"}},
+            "preprocess_cfg.interpolation is 'bilinear'",
+        ),
+        (CONFIG | {"preprocess_cfg": {"size": 336}}, "preprocess_cfg.size is 336; only 32 is supported"),
     ],
 )
 def test_a_config_that_we_cannot_follow(tmp_path, weights, content, message):
     with pytest.raises(UserError, match=message):
         Clip.load(write(tmp_path / "clip", content, weights))
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"])
+def test_a_git_lfs_pointer_is_named(tmp_path, weights, name):
+    directory = write(tmp_path / "clip", CONFIG, weights)
+    (directory / name).write_bytes(LFS)
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer"):
+        Clip.load(directory)
+
+
+def test_a_cut_off_file_and_a_json_file_that_is_none(tmp_path, weights):
+    directory = write(tmp_path / "clip", CONFIG, weights)
+    file = directory / "open_clip_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(
+        UserError, match=r"open_clip_model\.safetensors has \d+ bytes where its header says \d+"
+    ):
+        Clip.load(directory)
+    (directory / "open_clip_config.json").write_text("model_cfg: {}")
+    with pytest.raises(UserError, match=r"open_clip_config\.json is not valid JSON"):
+        Clip.load(directory)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path, weights):
+    broken = weights["visual.proj"].clone()
+    broken[0, 0] = float("nan")
+    directory = write(tmp_path / "clip", CONFIG, weights | {"visual.proj": broken})
+    with pytest.raises(UserError, match=r"'visual\.proj' holds NaN or infinity \(1 of 768 values\)"):
+        Clip.load(directory)
+
+
+def test_openai_weights_without_quick_gelu_are_warned_of(tmp_path):
+    """Known by OpenAI's sizes and by values that float16 holds exactly."""
+    vision = {"image_size": 32, "layers": 12, "width": 768, "patch_size": 32, "mlp_ratio": 0.125}
+    text = {"context_length": 12, "vocab_size": 512, "width": 16, "heads": 2, "layers": 1}
+    sizes = {"embed_dim": 512, "vision_cfg": vision, "text_cfg": text}
+    state = {n: t.contiguous() for n, t in open_clip.CLIP(**sizes).state_dict().items()}
+    rounded = {n: t.half().float() for n, t in state.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Warned)
+        Clip.load(write(tmp_path / "laion", {"model_cfg": sizes}, state))
+        Clip.load(write(tmp_path / "quick", {"model_cfg": {**sizes, "quick_gelu": True}}, rounded))
+    with pytest.warns(Warned, match=r"openai.open_clip_config\.json does not set quick_gelu"):
+        Clip.load(write(tmp_path / "openai", {"model_cfg": sizes}, rounded))

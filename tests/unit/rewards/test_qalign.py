@@ -276,7 +276,9 @@ def test_a_missing_directory_or_file_is_named(tiny, tmp_path):
 def test_a_damaged_file_is_one_clear_line(tmp_path, name):
     write_config(tmp_path)
     (tmp_path / name).write_bytes(b"not weights at all")
-    with pytest.raises(UserError, match=f"{name}: not a readable weight file") as error:
+    with pytest.raises(
+        UserError, match=f"{name}(: not a readable weight file| is not a safetensors file)"
+    ) as error:
         QAlign.load(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -316,3 +318,13 @@ def test_wrong_pixels_or_ids(tiny):
     for ids in ([[1, 2, 3]], [[-200, 1, -200]], [[-200, 1, 2], [1, -200, 2]]):
         with pytest.raises(ValueError, match="marker -200 once per row"):
             tiny.score_pixels(torch.rand(len(ids), 3, 56, 56), torch.tensor(ids))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "config.json"]
+)
+def test_a_git_lfs_pointer_is_named_before_anything_is_loaded(tmp_path, name):
+    write_config(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer"):
+        QAlign.load(tmp_path)

@@ -1,0 +1,80 @@
+"""Files of weights, looked at before anything is built on them: that they are what their names say, and finite."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ubgen.core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LFS = b"version https://git-lfs"
+_LARGEST_HEADER = 100 * 2**20  # bytes, of the format
+
+
+class TensorInfo(NamedTuple):
+    """What a file's header says of one tensor: `dtype` in safetensors' letters ("F16")."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def require_real_file(path: Path) -> None:
+    """UserError when the file is only the pointer that Git LFS leaves where it did not download, or is empty."""
+    with path.open("rb") as file:
+        start = file.read(len(_LFS))
+    if start == _LFS:
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from"
+        )
+    if not start:
+        raise UserError(f"{path} is empty")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file's object; UserError naming the file when it is missing, a Git LFS pointer, or anything else."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    require_real_file(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, not {type(content).__name__}")
+    return content
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file by name, from its header alone; UserError when it is damaged or cut off."""
+    require_real_file(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, _LARGEST_HEADER):
+            raise UserError(f"{path} is not a safetensors file, or is cut off")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            tensors = {n: TensorInfo(e["dtype"], tuple(e["shape"])) for n, e in header.items()}
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise UserError(f"{path} is not a safetensors file: its header cannot be read") from None
+    if 8 + length + end != size:
+        raise UserError(
+            f"{path} has {size} bytes where its header says {8 + length + end}; download it again"
+        )
+    return tensors
+
+
+def require_finite(tensors: Iterable[tuple[str, "Tensor"]], source: Path | str) -> None:
+    """UserError naming the first tensor of `source` that holds NaN or infinity."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            count = int((~tensor.isfinite()).sum())
+            raise UserError(
+                f"{source}: tensor {name!r} holds NaN or infinity ({count} of {tensor.numel()} values); "
+                "these weights are damaged, or were saved in too low a precision"
+            )
