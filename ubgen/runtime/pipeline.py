@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ubgen.core.config import require_directory
 from ubgen.core.errors import UserError
-from ubgen.diffusion import initial_noise, sample_guided
+from ubgen.diffusion import initial_noise, load_scheduler, sample_guided
 from ubgen.runtime.network import Network
 from ubgen.runtime.rows import run_rows
 
@@ -35,7 +34,7 @@ class Pipeline:
         self.batch = unet.signature.batch
         self.latent_shape = _row_shape(unet, "latents")
         self.guidance = torch.tensor([guidance], dtype=torch.float32, device=self.device)
-        self._scheduler = _scheduler(path)
+        self._scheduler = load_scheduler(path / "scheduler", "pndm")
         self.uncond = self.encode_prompts([""])
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
@@ -126,10 +125,3 @@ class Pipeline:
 def _row_shape(network: Network, name: str) -> tuple[int, ...]:
     spec = next(spec for spec in network.signature.inputs if spec.name == name)
     return tuple(int(size) for size in spec.shape[1:])  # type: ignore[arg-type]
-
-
-def _scheduler(engine: Path) -> Any:
-    from diffusers import PNDMScheduler
-
-    directory = require_directory(engine / "scheduler", "the engine's scheduler", "scheduler_config.json")
-    return PNDMScheduler.from_pretrained(directory, local_files_only=True)
