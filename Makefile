@@ -43,8 +43,8 @@ kernels: install
 	$(BIN)/cmake --build build/kernels --parallel 2
 	$(BIN)/ctest --test-dir build/kernels --output-on-failure
 
-# The same C++ tests under the address and undefined-behaviour sanitizers: the CPU code of every instruction set, and the
-# CUDA source run on the CPU. Without a compiler that has the sanitizers, one line says so and nothing fails.
+# The same C++ tests under the address and undefined-behaviour sanitizers: the CPU code, and the CUDA source run on the
+# CPU. Without a compiler that has the sanitizers, one line says so and nothing fails.
 sanitize: install
 	mkdir -p build
 	$(BIN)/cmake -S . -B build/sanitize -DUBGEN_SANITIZE=ON -DUBGEN_CUDA=OFF > build/sanitize.log || (cat build/sanitize.log; false)

@@ -20,7 +20,7 @@ import torch
 
 from ubgen.core.errors import UserError, install_extra
 from ubgen.core.stage import device_name
-from ubgen.ops import _native
+from ubgen.ops import cuda_status, native_status
 
 # without the constraints: ModelOpt asks for older releases of onnx and ONNX Runtime
 _FLOAT8 = "not installed; in an environment of its own: pip install -e '.[tensorrt,float8]'"
@@ -70,13 +70,13 @@ def _cuda_description() -> str:
 
 def native_cpu() -> Probe:
     """Our fused operations for CPU tensors."""
-    available, detail = _native.native_status()
+    available, detail = native_status()
     return Probe("native library: CPU", available, detail if available else f"{detail}; PyTorch runs instead")
 
 
 def native_cuda() -> Probe:
     """Our fused operations for CUDA tensors."""
-    available, detail = _native.cuda_status()
+    available, detail = cuda_status()
     if available and _no_cuda():
         return Probe("native library: CUDA", False, f"built, but {_no_cuda()}")
     return Probe(

@@ -8,15 +8,40 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ubgen.ops.bicubic import resize_weights
-
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOUR = (122 / 255, 116 / 255, 104 / 255)  # CLIP_MEAN * 255 with the fraction dropped, as Q-Align pads
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+    """The cubic convolution kernel with a = -0.5, the one of PIL and of antialiased torch resizing."""
+    x = np.abs(x)
+    inner = (1.5 * x - 2.5) * x * x + 1
+    outer = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x < 1, inner, np.where(x < 2, outer, 0.0))
+
+
+@lru_cache(maxsize=64)
+def resize_weights(source: int, target: int) -> np.ndarray:
+    """(target, source) float64 weights; each row sums to 1. The identity when nothing is resized.
+
+    When shrinking, the kernel is widened by source / target; at the borders the weights inside the image are
+    renormalised.
+    """
+    scale = source / target
+    width = max(scale, 1.0)
+    centre = (np.arange(target) + 0.5) * scale
+    first = np.maximum(np.floor(centre - 2 * width + 0.5), 0)[:, None]
+    last = np.minimum(np.floor(centre + 2 * width + 0.5), source)[:, None]
+    pixel = np.arange(source)[None, :]
+    weights = _cubic((pixel + 0.5 - centre[:, None]) / width)
+    weights = np.where((pixel >= first) & (pixel < last), weights, 0.0)
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
 @lru_cache(maxsize=64)
