@@ -30,7 +30,7 @@ def _one_line_warnings() -> None:
             return f"warning: {message}\n"
         return default(message, category, *place, **more)  # type: ignore[arg-type]  # passed on as it came
 
-    warnings.formatwarning = formatted  # type: ignore[assignment]  # it takes whatever Python passes
+    warnings.formatwarning = formatted
 
 
 def install_extra(name: str) -> str:
