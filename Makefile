@@ -10,11 +10,13 @@ MAKEFLAGS += --no-print-directory
 .PHONY: test slow quickstart install lint format kernels sanitize clean
 
 # One process per core, each with one thread: small networks gain little from a second thread. Slow folders come first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
+
 test: lint kernels sanitize
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu and not slow" --numprocesses auto --dist loadscope --no-loadscope-reorder
+	$(PYTEST) -m "not gpu and not slow"
 
 slow: install
-	$(BIN)/pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 quickstart: install
 	$(BIN)/python -m ubgen.cli.quickstart
@@ -36,21 +38,28 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Where there is no C++ compiler, nothing is built and no test is found: not a failure.
-kernels: install
-	mkdir -p build
-	$(BIN)/cmake -S . -B build/kernels -DCMAKE_BUILD_TYPE=Release > build/kernels.log || (cat build/kernels.log; false)
-	$(BIN)/cmake --build build/kernels --parallel 2
-	$(BIN)/ctest --test-dir build/kernels --output-on-failure
+# The C++ tests are run again when something that they depend on has changed. Where there is no C++ compiler, nothing is
+# built and no test is found: not a failure. The CUDA library is built by the installation.
+kernels: build/kernels.passed
 
-# The same C++ tests under the address and undefined-behaviour sanitizers: the CPU code, and the CUDA source run on the
-# CPU. Without a compiler that has the sanitizers, one line says so and nothing fails.
-sanitize: install
+build/kernels.passed: $(STAMP) $(NATIVE)
+	mkdir -p build
+	$(BIN)/cmake -S . -B build/kernels -DUBGEN_CUDA=OFF > build/kernels.log || (cat build/kernels.log; false)
+	$(BIN)/cmake --build build/kernels --parallel 2
+	$(BIN)/ctest --test-dir build/kernels --output-on-failure --parallel 2
+	touch $@
+
+# The same C++ tests under the address and undefined-behaviour sanitizers: the CPU code, and the CUDA source run on the CPU.
+# Without a compiler that has the sanitizers, one line says so and nothing fails.
+sanitize: build/sanitize.passed
+
+build/sanitize.passed: $(STAMP) $(NATIVE)
 	mkdir -p build
 	$(BIN)/cmake -S . -B build/sanitize -DUBGEN_SANITIZE=ON -DUBGEN_CUDA=OFF > build/sanitize.log || (cat build/sanitize.log; false)
 	@grep -o "No C++ compiler.*\|No sanitizers.*" build/sanitize.log || true
 	$(BIN)/cmake --build build/sanitize --parallel 2
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --parallel 2
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
