@@ -156,13 +156,6 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def create(self, name: str, data: bytes) -> bool:
-        """Write a file that must not exist yet; False if it does.
-
-        Two that try at the same time cannot both succeed where the store can write on condition (local, S3, GCS).
-        """
-
-    @abstractmethod
     def delete(self, name: str) -> None:
         """Delete a file, or a local directory with all that is in it; it may be missing."""
 
@@ -238,14 +231,6 @@ class LocalStore(Store):
 
     def new_file(self, name: str) -> Any:
         return replacing(self.local_path / name)
-
-    def create(self, name: str, data: bytes) -> bool:
-        try:
-            with (self.local_path / name).open("xb") as file:
-                file.write(data)
-        except FileExistsError:
-            return False
-        return True
 
     def delete(self, name: str) -> None:
         path = self.local_path / name
@@ -323,6 +308,10 @@ class RemoteStore(Store):
         except FileNotFoundError:
             return None
 
+    def modified(self, name: str) -> float:
+        """When a file was last written, in seconds by the server's clock."""
+        return self._try("look at", name, lambda: self._call("modified", name)).timestamp()
+
     def read(self, name: str) -> bytes:
         return self._named(name, lambda: self._try("read", name, lambda: self._call("cat_file", name)))
 
@@ -379,6 +368,10 @@ class RemoteStore(Store):
             raise UserError(f"{self.address(name)}: cannot write ({_one_line(error)})") from error
 
     def create(self, name: str, data: bytes) -> bool:
+        """Write a file that must not exist yet; False if it does.
+
+        Two that try at the same time cannot both succeed where the store can write on condition (S3, GCS).
+        """
         try:
             self._put(name, lambda: self._create(name, data))
         except FileExistsError:

@@ -1,8 +1,9 @@
 """One writer at a time in a stage's output directory.
 
 A local directory is locked by the kernel (flock on `.lock`, also over NFS): the lock ends with its process. In object
-storage `.lock` is an object that names its holder and is renewed every few seconds; one that is no longer renewed, or
-whose process is gone from this machine, is taken over.
+storage the lock is an object `.lock-1` that names its holder and is rewritten every few seconds. When the holder's
+process is gone from this machine, or the object has grown old by the server's clock, the next run creates `.lock-2`:
+stores create an object on condition that it is not there, so that of many one succeeds.
 """
 
 import fcntl
@@ -11,7 +12,6 @@ import os
 import socket
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from ubgen.core.errors import UserError
-from ubgen.core.files import Store
+from ubgen.core.files import RemoteStore, Store
 
 LOCK = ".lock"
 RENEW = 10.0
 """Seconds between two renewals of a lock object."""
 STALE = 45.0
 """Seconds without renewal after which a lock object is dead."""
-SETTLE = 1.0
-"""Seconds in which of two that take over a dead lock at the same time the first sees the second."""
 _mine: set[str] = set()  # tokens of the locks that this process holds
 
 
@@ -57,13 +55,12 @@ def hold(store: Store, *, shared: bool = False) -> Iterator[Hold]:
 
     UserError when the directory cannot be written to, `InUse` when another holds it.
     """
-    if store.local_path is not None:
+    if not isinstance(store, RemoteStore):
+        assert store.local_path is not None
         with _flock(store.local_path, shared):
             yield Hold(not shared)
     elif shared:
-        _probe(store)
-        if holder := _live_holder(store):
-            raise _in_use(store, holder)
+        _require_no_holder(store, _server_time(store))
         yield Hold(False)
     else:
         with _Lease(store) as lease:
@@ -100,83 +97,99 @@ def _open_lock(directory: Path) -> int:
 class _Lease(Hold):
     """A lock object that a thread renews."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: RemoteStore) -> None:
         super().__init__(True)
         self._store = store
         self._token = uuid.uuid4().hex
-        self._taken_by: dict[str, Any] | None = None
+        self._name = ""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
 
     def __enter__(self) -> "_Lease":
-        self._take()
+        now = _server_time(self._store)
+        dead = _require_no_holder(self._store, now)
+        self._name = f"{LOCK}-{1 + max(map(_number, dead), default=0)}"
+        if not self._store.create(self._name, self._text()) and not self._is_ours():
+            raise _in_use(self._store, _read(self._store, self._name))
         _mine.add(self._token)
+        try:
+            # one that looked when other locks were there may have created another name: then neither has the directory
+            for name in _require_no_holder(self._store, now, but=self._name):
+                self._store.delete(name)
+        except BaseException:
+            self._release()
+            raise
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        _mine.discard(self._token)
-        with suppress(UserError):  # then it goes stale; the work is done all the same
-            if self._is_ours(_read(self._store)):
-                self._store.delete(LOCK)
+        self._release()
 
     def check(self) -> None:
-        if self._taken_by:
-            raise _in_use(self._store, self._taken_by)
+        if not self._is_ours():
+            raise _in_use(self._store, None)
 
-    def _take(self) -> None:
-        if not self._store.create(LOCK, self._text()):
-            if holder := _live_holder(self._store):
-                raise _in_use(self._store, holder)
-            self._store.write(LOCK, self._text())
-            time.sleep(SETTLE)
-        # another may have taken the dead lock too, or the store cannot create on condition: the last one has it
-        if not self._is_ours(holder := _read(self._store)):
-            raise _in_use(self._store, holder or {})
+    def _release(self) -> None:
+        _mine.discard(self._token)
+        with suppress(UserError):  # then it grows old; the work is done all the same
+            if self._is_ours():
+                self._store.delete(self._name)
 
     def _renew(self) -> None:
         while not self._done.wait(RENEW):
             with suppress(UserError):  # the store may be back in time
-                holder = _read(self._store)
-                if holder and not self._is_ours(holder):
-                    self._taken_by = holder
+                if not self._is_ours():
                     return
-                self._store.write(LOCK, self._text())
+                self._store.write(self._name, self._text())
 
-    def _is_ours(self, holder: dict[str, Any] | None) -> bool:
-        return bool(holder) and holder["token"] == self._token  # type: ignore[index]  # bool() hides it
+    def _is_ours(self) -> bool:
+        return (_read(self._store, self._name) or {}).get("token") == self._token
 
     def _text(self) -> bytes:
         about = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
-        return json.dumps({**about, "token": self._token, "time": time.time()}).encode()
+        return json.dumps({**about, "token": self._token}).encode()
 
 
-def _read(store: Store) -> dict[str, Any] | None:
+def _require_no_holder(store: RemoteStore, now: float, but: str = "") -> list[str]:
+    """Names of the lock objects whose holders are dead; `InUse` if one is alive at `now`, by the server's clock."""
+    names = [name for name in store.names() if name.startswith(f"{LOCK}-") and name != but]
+    for name in names:
+        holder = _read(store, name)
+        with suppress(FileNotFoundError):  # given back just now
+            if not _process_is_gone(holder) and now - store.modified(name) <= STALE:
+                raise _in_use(store, holder)
+    return names
+
+
+def _number(name: str) -> int:
+    text = name.removeprefix(f"{LOCK}-")
+    return int(text) if text.isdecimal() else 0
+
+
+def _server_time(store: RemoteStore) -> float:
+    """Also finds out now, not after hours of work, whether the directory can be written to."""
+    name = f".probe-{uuid.uuid4().hex}"
+    store.write(name, b"")
+    try:
+        return store.modified(name)
+    finally:
+        store.delete(name)
+
+
+def _read(store: Store, name: str) -> dict[str, Any] | None:
     """The holder; None if there is none, or nothing that one of us wrote."""
     try:
-        holder = json.loads(store.read(LOCK))
-        about = {"host": str, "pid": int, "machine": str, "token": str, "time": float}
-        return holder if all(isinstance(holder[name], kind) for name, kind in about.items()) else None
+        holder = json.loads(store.read(name))
+        about = {"host": str, "pid": int, "machine": str, "token": str}
+        return holder if all(isinstance(holder[field], kind) for field, kind in about.items()) else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
-def _live_holder(store: Store) -> dict[str, Any] | None:
-    holder = _read(store)
-    if holder is None or _process_is_gone(holder):
-        return None
-    if abs(time.time() - holder["time"]) <= STALE:
-        return holder
-    # by its time it is dead; but the clocks of two machines may differ, so see whether it is renewed
-    time.sleep(1.5 * RENEW)
-    later = _read(store)
-    return later if later and later != holder else None
-
-
-def _process_is_gone(holder: dict[str, Any]) -> bool:
-    if holder["machine"] != _machine():
+def _process_is_gone(holder: dict[str, Any] | None) -> bool:
+    if holder is None or holder["machine"] != _machine():
         return False
     if holder["pid"] == os.getpid():
         return holder["token"] not in _mine
@@ -197,13 +210,6 @@ def _machine() -> str:
     return socket.gethostname()
 
 
-def _in_use(store: Store, holder: dict[str, Any]) -> InUse:
+def _in_use(store: Store, holder: dict[str, Any] | None) -> InUse:
     who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
     return InUse(f"output directory in use: {who} is writing to {store}")
-
-
-def _probe(store: Store) -> None:
-    """Find out now, not after hours of work, whether the directory can be written to."""
-    name = f".probe-{uuid.uuid4().hex}"
-    store.write(name, b"")
-    store.delete(name)

@@ -179,7 +179,7 @@ def test_parts_of_a_static_run_make_one_dataset(config: SynthConfig, dataset: Pa
     assert (first.complete, second.complete) == (False, False)
     assert (first.made, second.made) == (6, 6 + 2)
     assert not synthesise(parts[2]).made
-    with pytest.raises(UserError, match="unfinished or not a ubgen synth directory"):
+    with pytest.raises(UserError, match="unfinished or not a ubgen synth or convert directory"):
         open_dataset(tmp_path / "parts")
     last = synthesise(parts[1])
     assert (last.complete, last.made) == (True, 6)

@@ -5,22 +5,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from ubgen.core import locks
 from ubgen.core.errors import UserError
-from ubgen.core.stage import stage_directory
-from ubgen.dataset import open_store
+from ubgen.core.files import RemoteStore
+from ubgen.core.stage import Stage
 
 HOLD = """
 import sys
-from ubgen.core.stage import stage_directory
-with stage_directory(sys.argv[1], "synth", {}):
+from ubgen.core.stage import Stage
+with Stage(sys.argv[1], "synth", {}).hold():
     print("held", flush=True)
     sys.stdin.read()
 """
+ELSEWHERE = json.dumps({"host": "node7", "pid": 123, "machine": "another", "token": "t"}).encode()
 
 
 @pytest.fixture
@@ -35,137 +36,136 @@ def holder(url: str) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def elsewhere(age: float) -> bytes:
-    about = {"host": "node7", "pid": 123, "machine": "another", "token": "t", "time": time.time() - age}
-    return json.dumps(about).encode()
+@pytest.fixture
+def store(url: str) -> RemoteStore:
+    return RemoteStore(url)
 
 
-def enter(url: str, **options: bool) -> None:
-    with stage_directory(url, "synth", {}, **options) as stage:
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server tells times in whole seconds."""
+    monkeypatch.setattr(locks, "RENEW", 0.2)
+    monkeypatch.setattr(locks, "STALE", 1.5)
+
+
+def enter(store: RemoteStore, *, shared: bool = False) -> None:
+    with Stage(store, "synth", {}, shared=shared).hold() as stage:
         stage.lock.check()
 
 
-def test_the_second_refuses_and_names_the_first(url: str, holder: subprocess.Popen[str]) -> None:
+def test_the_second_refuses_and_names_the_first(store: RemoteStore, holder: subprocess.Popen[str]) -> None:
     for shared in (False, True):
-        with pytest.raises(UserError, match=rf"in use: process {holder.pid} on \S+ is writing to {url}$"):
-            enter(url, shared=shared)
+        with pytest.raises(UserError, match=rf"in use: process {holder.pid} on \S+ is writing to {store}$"):
+            enter(store, shared=shared)
     holder.communicate("")
-    assert open_store(url).names() == []
-    enter(url)
+    assert store.names() == []
+    enter(store)
 
 
 def test_a_killed_one_leaves_a_lock_that_is_taken_over_at_once(
-    url: str, holder: subprocess.Popen[str]
+    store: RemoteStore, holder: subprocess.Popen[str]
 ) -> None:
     holder.kill()
     holder.communicate()
-    assert open_store(url).names() == [".lock"]
-    started = time.monotonic()
-    enter(url, shared=True)
-    enter(url)
-    assert time.monotonic() - started < 10
-    assert open_store(url).names() == []
+    assert store.names() == [".lock-1"]
+    enter(store, shared=True)
+    enter(store)
+    assert store.names() == []
 
 
-def test_shared_ones_come_together_and_cannot_finish(url: str) -> None:
+def test_shared_ones_come_together_and_cannot_finish(store: RemoteStore) -> None:
     with (
-        stage_directory(url, "synth", {}, shared=True) as one,
-        stage_directory(url, "synth", {}, shared=True),
+        Stage(store, "synth", {}, shared=True).hold() as one,
+        Stage(store, "synth", {}, shared=True).hold(),
         pytest.raises(RuntimeError, match="cannot be finished"),
     ):
         one.finish({})
-    assert open_store(url).names() == []
+    assert store.names() == []
 
 
-def test_a_live_lock_of_another_machine_is_respected(url: str) -> None:
-    open_store(url).write(".lock", elsewhere(30))
-    with pytest.raises(UserError, match="process 123 on node7"):
-        enter(url)
+@pytest.mark.usefixtures("quick")
+def test_the_lock_of_another_machine_counts_while_it_is_renewed(store: RemoteStore) -> None:
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        store.write(".lock-7", ELSEWHERE)
+        with pytest.raises(UserError, match="in use: process 123 on node7 is writing"):
+            enter(store)
+    time.sleep(3)
+    enter(store)
+    assert store.names() == []
 
 
-@pytest.mark.parametrize(
-    "content",
-    [elsewhere(60), elsewhere(-3600), b"{", b"[]", b'{"host": 1}'],
-    ids=["old", "from the future", "half", "list", "incomplete"],
-)
-def test_a_dead_or_senseless_lock_is_taken_over(
-    url: str, content: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(locks, "RENEW", 0.1)
-    monkeypatch.setattr(locks, "SETTLE", 0.1)
-    open_store(url).write(".lock", content)
-    enter(url)
-    assert open_store(url).names() == []
+@pytest.mark.usefixtures("quick")
+def test_a_held_lock_is_renewed(store: RemoteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Stage(store, "synth", {}).hold():
+        monkeypatch.setattr(locks, "_machine", lambda: "another")
+        time.sleep(3)
+        with pytest.raises(UserError, match="in use"):
+            enter(store)
 
 
-def test_a_machine_whose_clock_is_wrong_keeps_its_lock(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "RENEW", 0.4)
-    store = open_store(url)
-    store.write(".lock", elsewhere(3600))
-    done = threading.Event()
-
-    def renew() -> None:
-        while not done.wait(0.05):
-            store.write(".lock", elsewhere(3600))
-
-    renewal = threading.Thread(target=renew)
-    renewal.start()
-    with pytest.raises(UserError, match="process 123 on node7"):
-        enter(url)
-    done.set()
-    renewal.join()
-
-
-def test_the_lock_is_renewed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "RENEW", 0.05)
-    store = open_store(url)
-    with stage_directory(url, "synth", {}):
-        first = json.loads(store.read(".lock"))
-        deadline = time.monotonic() + 10
-        while json.loads(store.read(".lock"))["time"] == first["time"]:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        assert json.loads(store.read(".lock"))["token"] == first["token"]
-
-
-def test_one_that_lost_its_lock_cannot_finish_and_leaves_the_new_one(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(locks, "RENEW", 0.05)
-    store = open_store(url)
-    with stage_directory(url, "synth", {}) as stage:
-        taken = elsewhere(0)
-        deadline = time.monotonic() + 10
-        while stage.lock._taken_by is None:
-            store.write(".lock", taken)  # again if a renewal came in between
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        with pytest.raises(UserError, match="process 123 on node7"):
+@pytest.mark.usefixtures("quick")
+def test_one_that_lost_its_lock_cannot_finish_and_leaves_the_new_one(store: RemoteStore) -> None:
+    with Stage(store, "synth", {}).hold() as stage:
+        stage.begin()
+        store.write(".lock-2", ELSEWHERE)
+        store.delete(".lock-1")
+        time.sleep(0.5)
+        with pytest.raises(UserError, match="in use: another process"):
             stage.finish({})
-    assert store.read(".lock") == taken
-    assert store.size("manifest.json") is None
+    assert store.names() == [".lock-2", "run.json"]
 
 
-def test_of_two_that_take_over_at_the_same_time_one_succeeds(
-    url: str, monkeypatch: pytest.MonkeyPatch
+def test_of_many_that_take_over_at_the_same_time_one_succeeds(
+    store: RemoteStore, holder: subprocess.Popen[str]
 ) -> None:
-    monkeypatch.setattr(locks, "RENEW", 0.1)
-    open_store(url).write(".lock", elsewhere(60))
-    together = threading.Barrier(3)
+    holder.kill()
+    holder.communicate()
+    together, all_tried = threading.Barrier(4), threading.Barrier(4)
     outcomes: list[str] = []
 
     def run() -> None:
         together.wait()
         try:
-            with stage_directory(url, "synth", {}):
+            with Stage(store, "synth", {}).hold():
                 outcomes.append("in")
-                time.sleep(2)
+                all_tried.wait(60)
         except UserError:
             outcomes.append("refused")
+            all_tried.wait(60)
 
-    threads = [threading.Thread(target=run) for _ in range(3)]
+    threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(outcomes) == ["in", "refused", "refused"]
+    assert sorted(outcomes) == ["in", "refused", "refused", "refused"]
+
+
+class Slow(RemoteStore):
+    """Much happens between what a run sees of the others and its own lock."""
+
+    meanwhile: Callable[[], None]
+
+    def create(self, name: str, data: bytes) -> bool:
+        self.meanwhile()
+        return super().create(name, data)
+
+
+def test_a_slow_one_does_not_join_one_that_began_meanwhile(
+    store: RemoteStore, holder: subprocess.Popen[str]
+) -> None:
+    holder.kill()
+    holder.communicate()
+    slow = Slow(store.url)
+    third = Stage(store, "synth", {}).hold()
+
+    def meanwhile() -> None:
+        enter(store)  # the dead lock is gone then, and the next is the first again
+        third.__enter__()
+
+    slow.meanwhile = meanwhile
+    with pytest.raises(UserError, match="in use: process"):
+        enter(slow)
+    assert store.names() == [".lock-1"]
+    third.__exit__(None, None, None)
