@@ -19,7 +19,6 @@ from ubgen.core.files import Store, open_store
 NAMES = st.sampled_from(["a", "b.json", ".lock", "shard-000000.tar"])
 STEPS = st.one_of(
     st.tuples(st.just("write"), NAMES, st.binary(max_size=50)),
-    st.tuples(st.just("create"), NAMES, st.binary(max_size=50)),
     st.tuples(st.just("new_file"), NAMES, st.binary(max_size=50)),
     st.tuples(st.just("abandon"), NAMES, st.binary(max_size=50)),
     st.tuples(st.just("delete"), NAMES, st.just(b"")),
@@ -32,8 +31,8 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 def act(store: Store, what: str, name: str, data: bytes) -> None:
-    if what in ("write", "create"):
-        getattr(store, what)(name, data)
+    if what == "write":
+        store.write(name, data)
     elif what == "delete":
         store.delete(name)
     elif what == "new_file":
@@ -57,7 +56,7 @@ def expected(steps: list[tuple[str, str, bytes]]) -> dict[str, bytes]:
     for what, name, data in steps:
         if what == "delete":
             files.pop(name, None)
-        elif what in ("write", "new_file") or (what == "create" and name not in files):
+        elif what in ("write", "new_file"):
             files[name] = data
     return files
 
@@ -213,8 +212,8 @@ def test_a_read_only_file_system_is_named(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from ubgen.dataset import ShardWriter\n"
-        "from ubgen.core.stage import stage_directory\n"
-        "for enter in (lambda: stage_directory(sys.argv[1], 'synth', {}), lambda: ShardWriter(sys.argv[1], 0)):\n"
+        "from ubgen.core.stage import Stage\n"
+        "for enter in (lambda: Stage(sys.argv[1], 'synth', {}).hold(), lambda: ShardWriter(sys.argv[1], 0)):\n"
         "    try:\n"
         "        enter().__enter__()\n"
         "    except Exception as error:\n"
