@@ -1,7 +1,6 @@
 """Stable Diffusion parts, samplers as plain functions, differentiable rollouts, LoRA."""
 
 from ubgen.diffusion.lora import (
-    LORA_FILE,
     add_lora,
     load_lora,
     lora_parameters,
@@ -9,6 +8,7 @@ from ubgen.diffusion.lora import (
     restore_lora,
     save_lora,
 )
+from ubgen.diffusion.lora_files import LORA_FILE, find_lora, read_lora
 from ubgen.diffusion.noise import hashed_generator, initial_noise
 from ubgen.diffusion.sampling import decode, rollout, sample, sample_guided
 from ubgen.diffusion.schedule import Call, draw_training_steps, schedule, training_steps
@@ -30,6 +30,7 @@ __all__ = [
     "decode",
     "draw_training_steps",
     "encode_prompts",
+    "find_lora",
     "hashed_generator",
     "initial_noise",
     "load_lora",
@@ -37,6 +38,7 @@ __all__ = [
     "load_stable_diffusion",
     "lora_parameters",
     "merge_lora",
+    "read_lora",
     "restore_lora",
     "rollout",
     "sample",

@@ -9,8 +9,9 @@ from torch import nn
 
 from ubgen.core.errors import UserError
 from ubgen.core.files import atomic_write
+from ubgen.core.weights import read_header
+from ubgen.diffusion.lora_files import LORA_FILE, find_lora, read_lora
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 LAYERS = {
     "attention": ["to_k", "to_out.0", "to_q", "to_v"],
     "transformer": ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "to_k", "to_out.0", "to_q", "to_v"],
@@ -73,7 +74,8 @@ def restore_lora(unet: Any, path: str | Path) -> None:
     """Copy the tensors at `path` into the LoRA that `unet` has already. UserError where they do not fit."""
     from safetensors.torch import load_file
 
-    file, parameters = _lora_file(path), _named_lora(unet)
+    file, parameters = find_lora(path), _named_lora(unet)
+    read_header(file)
     tensors = load_file(file)
     if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
         raise UserError(f"{file}: its LoRA has other layers or another rank than this UNet's")
@@ -82,15 +84,24 @@ def restore_lora(unet: Any, path: str | Path) -> None:
 
 
 def load_lora(unet: Any, path: str | Path) -> None:
-    """Add the LoRA at `path` (the file, or the directory that holds it) to `unet`, un-merged."""
-    file = _lora_file(path)
-    try:
-        unet.load_lora_adapter(
-            file.parent, weight_name=file.name, prefix="unet", adapter_name="default", local_files_only=True
-        )
-    except Exception as error:  # peft and diffusers raise many types for a file that does not fit
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{file}: not a LoRA for this UNet: {reason}") from error
+    """Add the LoRA at `path` (the file, or the directory that holds it) to `unet`, un-merged.
+
+    Names of diffusers, peft and kohya are read. UserError naming the first tensor that would not be applied, or that
+    is not finite.
+    """
+    file = find_lora(path)
+    pairs = read_lora(unet, file)
+    layers = list(pairs)
+    ranks = {layer: pair.rank for layer, pair in pairs.items()}
+    alphas = {layer: pair.alpha for layer, pair in pairs.items()}
+    adapter = {"r": ranks[layers[0]], "lora_alpha": alphas[layers[0]], "target_modules": layers}
+    adapter |= {"rank_pattern": ranks, "alpha_pattern": alphas}
+    tensors = {f"unet.{layer}.lora_A.weight": pair.down for layer, pair in pairs.items()}
+    tensors |= {f"unet.{layer}.lora_B.weight": pair.up for layer, pair in pairs.items()}
+    metadata = {f"unet.{key}": value for key, value in adapter.items()}
+    unet.load_lora_adapter(tensors, prefix="unet", adapter_name="default", metadata=metadata)
+    if len(lora_parameters(unet)) != len(tensors):
+        raise RuntimeError(f"{file}: of {len(tensors)} tensors {len(lora_parameters(unet))} were applied")
 
 
 def merge_lora(unet: Any, path: str | Path) -> None:
@@ -125,19 +136,3 @@ def _serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> b
     header = json.dumps({"__metadata__": metadata, **json.loads(data[8:end])}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the format aligns the tensors to 8 bytes
     return len(header).to_bytes(8, "little") + header + data[end:]
-
-
-def _lora_file(path: str | Path) -> Path:
-    from safetensors import SafetensorError, safe_open
-
-    file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise UserError(f"{file}: no such LoRA file")
-    try:
-        with safe_open(file, "pt") as tensors:
-            names = list(tensors.keys())
-    except SafetensorError as error:
-        raise UserError(f"{file}: not a readable safetensors file ({error})") from error
-    if not any(name.startswith("unet.") and ".lora" in name for name in names):
-        raise UserError(f"{file}: holds no LoRA of a UNet (no tensor named unet.*.lora.*)")
-    return file
