@@ -25,9 +25,9 @@ from ubgen.benchmark import Table, compare, machine_record
 from ubgen.benchmark.machine import describe
 from ubgen.benchmark.memory import resident
 from ubgen.core.config import resolve_path
-from ubgen.export.flops import count_flops
-from ubgen.export.networks import Exportable
-from ubgen.export.onnx import export_onnx
+from ubgen.export.compilers.onnx import export_onnx
+from ubgen.export.cost import count_flops
+from ubgen.export.exportable import Exportable
 from ubgen.export.qalign_graph import QAlignScorer
 from ubgen.export.spec import BatchRange, NetworkSpec
 from ubgen.rewards import QAlign, qalign_preprocess
@@ -201,7 +201,7 @@ def operations_table(big: dict[str, Any]) -> Table:
     held = big["parameters"] + big["constants"]
     table.note = (
         f"The folded network holds {big['parameters']:,} parameters and {big['constants']:,} constants (position "
-        f"tables, the prompt's keys and values): {2 * held / 1e9:.2f} GB at 2 bytes. Counted by `ubgen.export.flops`: "
+        f"tables, the prompt's keys and values): {2 * held / 1e9:.2f} GB at 2 bytes. Counted by `ubgen.export.cost`: "
         "two for a multiply-add, attention whole, elementwise work left out."
     )
     return table

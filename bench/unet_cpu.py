@@ -27,7 +27,8 @@ from torch import Tensor
 from ubgen.benchmark import Table, compare, machine_record, peak_memory
 from ubgen.benchmark.machine import describe
 from ubgen.benchmark.memory import resident
-from ubgen.export.networks import Exportable, UNet
+from ubgen.export.exportable import Exportable
+from ubgen.export.networks import UNet
 from ubgen.export.spec import BatchRange, NetworkSpec, Options
 from ubgen.runtime import Network, Signature
 from ubgen.runtime.backends import backend
@@ -99,8 +100,8 @@ class Bench:
         """Make the file of one side: the plain graphs as PyTorch exports them, all else as `ubgen-export` does."""
         if side in STEPS:
             return _apply(STEPS[side], self.file("ort opset 23, plain"), self.file(side))
-        from ubgen.export.compilers import COMPILERS
-        from ubgen.export.onnx import export_onnx
+        from ubgen.export.compilers import compile_network
+        from ubgen.export.compilers.onnx import export_onnx
 
         shared = frozenset({"uncond", "guidance"})
         network = Exportable(unet(self.config), [inputs(self.config, 2)], "noise", shared)
@@ -108,7 +109,7 @@ class Bench:
         if side in PLAIN:
             export_onnx(network, spec, self.file(side), rewrite=False)
         else:
-            COMPILERS[spec.compiler](network, spec, self.work / _stem(side), "cpu", lambda line: None)
+            compile_network(network, spec, self.work / _stem(side), "cpu", lambda line: None)
         signature = network.signature(BATCH)
         (self.work / "signature.json").write_text(json.dumps(signature.to_dict()), encoding="utf-8")
         return {"seconds": time.perf_counter() - start}
@@ -164,7 +165,7 @@ def _apply(names: tuple[str, ...], source: Path, target: Path) -> dict[str, Any]
     import onnx_ir
     from onnxscript.rewriter import rewrite
 
-    from ubgen.export.onnx_passes import FuseAttention, LowerGroupNorm
+    from ubgen.export.compilers.onnx_passes import FuseAttention, LowerGroupNorm
 
     rules: dict[str, Any] = {"attention": FuseAttention, "norm": LowerGroupNorm}
     model = onnx_ir.load(source)

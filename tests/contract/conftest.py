@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ubgen.runtime.cache import cache_directory
+from ubgen.core.files import cache_directory
 
 _FRESH = 7 * 24 * 3600  # seconds for which the newest release is taken to be the newest
 

@@ -46,10 +46,11 @@ def networks(writer: Path, spec_name: str, scratch: Path) -> dict[str, Any]:
     spec = load_spec(spec_name)
     sd = load_stable_diffusion(scratch / "sd")
     real = real_inputs(sd, replace(spec, parity=replace(spec.parity, images=2, steps=2)))
+    clip = Clip.load(scratch / "clip")
     return {
-        **stable_diffusion_networks(sd, real),
-        **clip_networks(Clip.load(scratch / "clip"), real),
-        **qalign_networks(QAlign.load(scratch / "qalign"), real),
+        **stable_diffusion_networks(sd, real.input_ids, real.unet_calls, real.latents),
+        **clip_networks(clip, real.pixels, clip.tokenizer(real.names)),
+        **qalign_networks(QAlign.load(scratch / "qalign"), real.pixels),
     }
 
 
@@ -93,15 +94,15 @@ def main(wheel: str, writer: str, spec_name: str) -> None:
         from torch_tensorrt.dynamo.conversion import _conversion
 
         from ubgen.export.compilers.torch_tensorrt import compile_network
-        from ubgen.export.precision import lower
+        from ubgen.export.mixed_precision import lower
         from ubgen.export.spec import BatchRange, NetworkSpec
 
         _conversion.TRTInterpreter = Interpreter
         spec = NetworkSpec(BatchRange(1, 2, 4), 1e-2, "torch_tensorrt", "float16")
         for network, exportable in networks(Path(writer), spec_name, scratch).items():
             half = replace(exportable, module=lower(exportable.module, "float16"))
-            compiled = compile_network(half, spec, scratch / network, "cuda:0", print)
-            assert compiled.files[0].read_bytes() == b"plan"
+            compiled = compile_network(half, spec, scratch / f"{network}.plan", "cuda:0", print)
+            assert compiled[0].read_bytes() == b"plan"
             print(json.dumps({"network": network, **Interpreter.seen}))
 
 

@@ -10,18 +10,17 @@ from torch import Tensor, nn
 
 from ubgen.core import probes
 from ubgen.core.errors import UserError
-from ubgen.export.compilers import COMPILERS
-from ubgen.export.networks import Exportable
+from ubgen.export.compilers import compile_network
+from ubgen.export.exportable import Exportable
 from ubgen.export.spec import BatchRange, NetworkSpec, Options
 from ubgen.runtime import Network
-from ubgen.runtime.backends import BACKENDS
+from ubgen.runtime.backends import backend
 
 pytestmark = pytest.mark.gpu
 BATCH = BatchRange(1, 4, 8)
 BACKEND_OPTIONS = [
     ("onnxruntime", Options(provider="cuda")),
     ("onnxruntime", Options(provider="cuda", cuda_graphs=True)),
-    ("onnxruntime", Options(provider="tensorrt")),
     ("aotinductor", Options()),
     ("aotinductor", Options(cuda_graphs=True)),
     ("tensorrt", Options()),
@@ -68,16 +67,14 @@ def spec(compiler: str, options: Options, **changes: Any) -> NetworkSpec:
 
 
 def build(network: Exportable, wanted: NetworkSpec, directory: Path) -> Path:
-    if wanted.options.provider == "tensorrt" and not probes.onnxruntime_tensorrt().available:
-        pytest.skip(probes.onnxruntime_tensorrt().detail)
-    if not (probe := BACKENDS[wanted.compiler].probe("cuda")).available:
+    if not (probe := backend(wanted.compiler).probe("cuda")).available:
         pytest.skip(probe.detail)
-    return COMPILERS[wanted.compiler](network, wanted, directory / "small", "cuda", print).files[0]
+    return compile_network(network, wanted, directory / "small", "cuda", print)[0]
 
 
 def load(path: Path, network: Exportable, wanted: NetworkSpec) -> Network:
     options = wanted.options.__dict__
-    return BACKENDS[wanted.compiler].load("small", path, network.signature(BATCH), "cuda", 1, options)
+    return backend(wanted.compiler).load("small", path, network.signature(BATCH), "cuda", 1, options)
 
 
 @pytest.fixture(scope="module", params=BACKEND_OPTIONS, ids=IDS)
@@ -163,28 +160,26 @@ def test_a_plan_of_another_network_or_range_is_refused(network: Exportable, tmp_
         load(path, other, wanted)
     larger = network.signature(BatchRange(1, 4, 16))
     with pytest.raises(UserError, match="its pixels is not the uint8"):
-        BACKENDS["tensorrt"].load("small", path, larger, "cuda", 1, {})
+        backend("tensorrt").load("small", path, larger, "cuda", 1, {})
 
 
 def test_new_weights_are_put_into_a_plan_without_a_build(network: Exportable, tmp_path: Path) -> None:
     wanted = spec("tensorrt", Options(refit=True))
     base = build(network, wanted, tmp_path)
-    from ubgen.export.compilers.tensorrt import compile_network
-
     module = copy.deepcopy(network.module)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += torch.randn_like(parameter) * 0.1
     changed = Exportable(module, network.inputs, "out", network.constant)
     said: list[str] = []
-    path = compile_network(changed, wanted, tmp_path / "new", "cuda", said.append, base).files[0]
+    path = compile_network(changed, wanted, tmp_path / "new", "cuda", said.append, base)[0]
     assert said == []
     for _ in range(2):  # and once more: what was refitted can be refitted
         inputs = rows(network, 0, 4)
         out = load(path, changed, wanted).run(inputs)["out"]
         assert torch.allclose(out, changed.reference(inputs), atol=2e-4)
         assert not torch.allclose(out, network.reference(inputs), atol=1e-2)
-        path = compile_network(changed, wanted, tmp_path / "again", "cuda", said.append, path).files[0]
+        path = compile_network(changed, wanted, tmp_path / "again", "cuda", said.append, path)[0]
 
 
 @pytest.mark.parametrize("compiler", ["tensorrt", "torch_tensorrt", "aotinductor"])

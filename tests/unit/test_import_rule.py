@@ -44,6 +44,7 @@ def test_the_package_keeps_the_rule(checkout):
     [
         ("ops/bad.py", "import ubgen.diffusion", "imports point one way"),
         ("rewards/bad.py", "from ubgen.miniature import world", "imports point one way"),
+        ("export/exportable.py", "import ubgen.export.networks", "inside export"),
         ("rewards/bad.py", "import tensorrt", "know a compiler"),
         ("cli/bad.py", "import onnxruntime", "know a compiler"),
         ("diffusion/bad.py", "import xformers.ops", "without the optional packages"),

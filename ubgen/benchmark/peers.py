@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from ubgen.core.config import resolve_path
 from ubgen.diffusion import StableDiffusion, load_stable_diffusion, merge_lora, with_sampler
-from ubgen.export.hashes import CACHE, Hashes
+from ubgen.export.directory import EngineDirectory
+from ubgen.export.mixed_precision import DTYPES
 from ubgen.export.networks import ClipText, UNet, VaeDecoder
-from ubgen.export.precision import DTYPES
 from ubgen.rewards import Clip, QAlign
 from ubgen.runtime import EngineSet
 
@@ -40,7 +40,7 @@ class Peers:
 def missing_weights(engines: EngineSet) -> str:
     """Why the engine's weights cannot be run beside it; empty when they are all where they were, unchanged."""
     recorded: Mapping[str, Any] = engines.manifest["inputs"]
-    hashes = Hashes(engines.path / CACHE)
+    hashes = EngineDirectory(engines.path).hashes
     for name, entry in recorded.items():
         path = Path(entry["path"])
         if not path.exists():

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ubgen.core.config import shipped_engine_specs
 from ubgen.core.errors import UserError, run
-from ubgen.export import EngineSpec, Exported, Planned, export_engine, load_spec, plan_export, why_not
+from ubgen.export import EngineSpec, Exported, Planned, export_engine, load_spec, machine_problem, plan_export
 from ubgen.export.report import JSON, PICTURES, TABLE
 
 
@@ -68,7 +68,7 @@ def _print(console: Console, lines: Iterable[str]) -> None:
 def _spec_lines() -> Iterator[str]:
     for name, path in sorted(shipped_engine_specs().items()):
         spec = load_spec(path)
-        reason = why_not(spec)
+        reason = machine_problem(spec)
         yield f"{name}: {spec.description}"
         kinds = f"{_distinct(spec, 'compiler')} on {spec.device}, {_distinct(spec, 'precision')}"
         yield f"    {kinds}, {spec.image_size} px"
@@ -95,7 +95,8 @@ def _plan_lines(planned: Planned) -> Iterator[str]:
         yield f"    {' + '.join(network.files)} ({'external data' if len(network.files) > 1 else 'weights inside'})"
     weights = sum(network.weight_bytes for network in planned.networks)
     yield f"all weights: {_size(weights)}; beside the engines: tokenizer, scheduler, clip, {JSON}, {TABLE}, {PICTURES}"
-    yield from (f"would be refused: {problem}" for problem in planned.problems)
+    if planned.problem:
+        yield f"would be refused: {planned.problem}"
     if planned.complete:
         yield "the engine is complete: nothing would be done"
 

@@ -415,3 +415,14 @@ def _missing_package(url: str, error: ImportError) -> str:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def cache_directory(*parts: str) -> Path:
+    """`$XDG_CACHE_HOME/ubgen/<parts>` (default ~/.cache/ubgen/<parts>), made if it is missing.
+
+    For files that only save time: they may be deleted whenever nothing runs.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(root, "ubgen", *parts)
+    path.mkdir(parents=True, exist_ok=True)
+    return path

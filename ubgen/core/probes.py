@@ -40,7 +40,7 @@ class Probe:
 def all_probes() -> list[Probe]:
     """Everything that `ubgen-doctor` shows, in its order."""
     probes: list[Callable[[], Probe]] = [torch_cpu, torch_cuda, native_cpu, native_cuda]
-    probes += [onnxruntime_cpu, onnxruntime_cuda, onnxruntime_tensorrt, aotinductor_cpu, aotinductor_cuda]
+    probes += [onnxruntime_cpu, onnxruntime_cuda, aotinductor_cpu, aotinductor_cuda]
     probes += [tensorrt, torch_tensorrt, modelopt, xformers, dali, ray, cxx_compiler, nvcc]
     return [probe() for probe in probes]
 
@@ -92,11 +92,6 @@ def onnxruntime_cpu() -> Probe:
 def onnxruntime_cuda() -> Probe:
     """ONNX Runtime's CUDA engines."""
     return _provider("CUDA", "CUDAExecutionProvider")
-
-
-def onnxruntime_tensorrt() -> Probe:
-    """ONNX Runtime's TensorRT engines; it links TensorRT 10, whatever TensorRT is installed."""
-    return _provider("TensorRT", "TensorrtExecutionProvider")
 
 
 @cache
@@ -215,12 +210,13 @@ def _tool(name: str, command: str, advice: str) -> Probe:
     return Probe(name, True, f"{path}: {version}" if version else path)
 
 
-def at_least(probe: Probe, package: str, oldest: tuple[int, int]) -> Probe:
-    """`probe`, not available where its version is below `oldest`."""
+def at_least(probe: Probe, package: str, oldest: tuple[int, int], advice: str = "") -> Probe:
+    """`probe`, not available where its version is below `oldest`; `advice` ends the reason."""
     if not probe.available or tuple(int(part) for part in probe.detail.split(".")[:2]) >= oldest:
         return probe
     wanted = ".".join(map(str, oldest))
-    return Probe(probe.name, False, f"{probe.detail} is too old; pip install --upgrade '{package}>={wanted}'")
+    command = f"pip install --upgrade '{package}>={wanted}'"
+    return Probe(probe.name, False, f"{probe.detail} is too old; {command}{advice}")
 
 
 def _on_cuda(probe: Probe) -> Probe:

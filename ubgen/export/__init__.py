@@ -1,9 +1,8 @@
 """From trained weights to compiled engines that are proven equal to PyTorch."""
 
 from ubgen.export.build import Exported, export_engine
-from ubgen.export.machine import why_not
 from ubgen.export.parity import ParityRow
-from ubgen.export.plan import Planned, plan_export
+from ubgen.export.plan import Planned, machine_problem, plan_export
 from ubgen.export.spec import EngineSpec, load_spec
 
 __all__ = [
@@ -13,6 +12,6 @@ __all__ = [
     "Planned",
     "export_engine",
     "load_spec",
+    "machine_problem",
     "plan_export",
-    "why_not",
 ]

@@ -1,7 +1,7 @@
-"""Build an engine directory: merge, export, compile, compare, and only then finish."""
+"""Build an engine directory: merge, compile, compare, and only then finish."""
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+import gc
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,28 +14,25 @@ from torch import Tensor
 from ubgen.core.classes import load_classes
 from ubgen.core.config import to_dict
 from ubgen.core.errors import UserError
-from ubgen.core.stage import held_directory, read_manifest
+from ubgen.core.stage import Stage
 from ubgen.diffusion import StableDiffusion, load_stable_diffusion, merge_lora
 from ubgen.export.chain import ChainRow, Images, compare_chains, run_chain
-from ubgen.export.gate import Candidate, open_network, pass_gate
-from ubgen.export.hashes import CACHE, Hashes
+from ubgen.export.compilers import compile_network
+from ubgen.export.directory import Built, EngineDirectory
+from ubgen.export.exportable import Exportable, Say
 from ubgen.export.inputs import exact_float32, expected_outputs, real_inputs
-from ubgen.export.machine import require_machine
-from ubgen.export.networks import Exportable, clip_networks, qalign_networks, stable_diffusion_networks
-from ubgen.export.parity import ParityRow
-from ubgen.export.place import mark, require_place
-from ubgen.export.plan import require_memory
+from ubgen.export.keys import engine_parts, exporter, find_inputs, network_keys, require_own_directory
+from ubgen.export.mixed_precision import layers_to_keep, lower, record_calls
+from ubgen.export.networks import clip_networks, qalign_networks, stable_diffusion_networks
+from ubgen.export.parity import ParityRow, check_parity
+from ubgen.export.plan import machine_problem, memory_problem, plan_networks
 from ubgen.export.report import write_report
-from ubgen.export.sources import engine_parts, exporter, lora_file, network_keys, weight_directories
 from ubgen.export.spec import EngineSpec, NetworkSpec
-from ubgen.export.store import Built, Store
 from ubgen.rewards import Clip, QAlign
-from ubgen.runtime import Signature
-from ubgen.runtime.key import first_difference, json_hash
+from ubgen.runtime import Network, Signature
+from ubgen.runtime.backends import backend
+from ubgen.runtime.engine import json_hash
 from ubgen.runtime.pipeline import Pipeline
-
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".msgpack", ".h5"}
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -73,88 +70,95 @@ def export_engine(
     """
     out = Path(out)
     load_classes(spec.parity.classes)
-    inputs = weight_directories(spec)
-    if lora is not None:
-        inputs["lora"] = lora_file(lora)
-    require_place(out, inputs)
-    require_machine(spec)
-    hashes = Hashes(out / CACHE)
-    parts = engine_parts(spec, inputs, hashes)
-    key = json_hash(parts)
-    finished = _finished(Store(out, hashes), key)
+    inputs = find_inputs(spec, lora)
+    require_own_directory(out, inputs)
+    if problem := machine_problem(spec):
+        raise UserError(f"this machine can't build the spec: {problem}")
+    directory = EngineDirectory(out)
+    parts = engine_parts(spec, inputs, directory.hashes)
+    finished = _finished(directory, json_hash(parts))
     if finished and not (finished.outdated and overwrite):
-        hashes.save()
+        directory.hashes.save()
         return finished
-    if not overwrite:
-        _require_no_other(out, parts)
-    require_memory(spec, inputs)
     config = {"spec": spec.content(), "weights": {name: str(path) for name, path in inputs.items()}}
-    with held_directory(out, "export", config, overwrite=overwrite) as stage:
-        mark(out, config)  # before the manifest of the engine that is replaced goes
+    # each network has a key of its own and is kept under it: nothing is cleared, and any engine may be continued
+    stage = Stage(out, "export", parts, config, has_work=lambda store: False, overwrite=overwrite)
+    stage.look()
+    if problem := memory_problem(spec, plan_networks(spec, inputs)):
+        raise UserError(problem)
+    with stage.hold():
         stage.begin()
-        build = _Build(spec, inputs, parts, Store(out, hashes), say)
-        with exact_float32():
-            exported = build.run(key)
-        same_bits = build.same_bits()
-        engine = {
-            "key": key,
-            "parts": parts,
-            "exporter": exporter(),
-            "networks": build.entries,
-            "extras": {file.relative_to(out).as_posix(): hashes(file) for file in _extras(out)},
-        }
-        parity = [row.to_dict() for row in exported.parity]
-        stage.finish(
-            inputs, engine=engine, parity=parity, chain=exported.chain.to_dict(), same_bits=same_bits
-        )
-        hashes.save()
-    return exported
+        return _Build(spec, inputs, parts, directory, say).run(stage)
 
 
-def _finished(store: Store, key: str) -> Exported | None:
+def _finished(directory: EngineDirectory, key: str) -> Exported | None:
     """What was exported, when the directory already holds the same engine whole."""
-    if (manifest := store.finished(key)) is None:
+    if (manifest := directory.finished(key)) is None:
         return None
     rows = [ParityRow.from_dict(row) for row in manifest["parity"]]
     outdated = manifest["engine"].get("exporter") != exporter()
-    return Exported(
-        store.out, key, rows, ChainRow.from_dict(manifest["chain"]), built=False, outdated=outdated
-    )
+    return Exported(directory.path, key, rows, ChainRow.from_dict(manifest["chain"]), False, outdated)
 
 
-def _require_no_other(out: Path, parts: Mapping[str, Any]) -> None:
-    """UserError naming what differs when `out` is finished with another engine."""
-    try:
-        there = read_manifest(out, "export")["engine"]["parts"]
-    except (UserError, KeyError, TypeError):  # nothing, or nothing of ours: the stage directory says it
-        return
-    if difference := first_difference(there, parts):
-        raise UserError(
-            f"{out} holds another engine: {difference}; choose another --out, or pass --overwrite"
-        )
+@dataclass(frozen=True)
+class Candidate:
+    """A network (float32, on the CPU) to be compiled; `expected` is its output for each real input."""
+
+    name: str
+    network: Exportable
+    expected: Sequence[Tensor]
+    spec: NetworkSpec
+    device: str
+
+    @property
+    def signature(self) -> Signature:
+        return self.network.signature(self.spec.batch, self.expected[0])
+
+    def check(self, file: Path) -> ParityRow:
+        """How far the compiled `file` is from PyTorch."""
+        engine = open_network(self.name, file, self.signature, self.spec, self.device)
+        return check_parity(self.name, engine, self.network, self.expected, self.spec)
+
+
+def open_network(name: str, file: Path, signature: Signature, spec: NetworkSpec, device: str) -> Network:
+    load = backend(spec.compiler).load
+    return load(name, file, signature, device, torch.get_num_threads(), to_dict(spec.options))
 
 
 class _Build:
-    """One export, from its parts to the report; `entries` are those of the manifest."""
+    """One export, from its parts to the manifest."""
 
     def __init__(
-        self, spec: EngineSpec, inputs: Mapping[str, Path], parts: Mapping[str, Any], store: Store, say: Say
+        self,
+        spec: EngineSpec,
+        inputs: Mapping[str, Path],
+        parts: Mapping[str, Any],
+        directory: EngineDirectory,
+        say: Say,
     ) -> None:
-        self.spec, self.inputs, self.parts, self.store, self.say = spec, inputs, parts, store, say
-        self.entries: dict[str, Mapping[str, Any]] = {}
+        self.spec, self.inputs, self.parts, self.directory, self.say = spec, inputs, parts, directory, say
+        self._entries: dict[str, Mapping[str, Any]] = {}  # of the manifest
         self._expected: dict[str, Tensor] = {}  # PyTorch's first output of each network, for the chain
 
-    def run(self, key: str) -> Exported:
-        rows = [self._network(name, network) for name, network in self._families()]
-        _copy_extras(self.inputs, self.store.out)
-        chain, ours, reference = self._chain()
-        title = f"{self.spec.device}, {self.spec.image_size} px"
-        write_report(self.store.out, title, rows, chain, ours, reference)
+    def run(self, stage: Stage) -> Exported:
+        key, out = json_hash(self.parts), self.directory.path
+        with exact_float32():
+            rows = [self._network(name, network) for name, network in self._families()]
+            extras = self.directory.add_extras(self.inputs)
+            chain, ours, reference = self._chain()
+        write_report(out, f"{self.spec.device}, {self.spec.image_size} px", rows, chain, ours, reference)
         if not chain.passed:
-            raise UserError(
-                f"the engines' images differ from PyTorch's: {chain.misses[0]}; see {self.store.out}"
-            )
-        return Exported(self.store.out, key, rows, chain, built=True)
+            raise UserError(f"the engines' images differ from PyTorch's: {chain.misses[0]}; see {out}")
+        engine = {"key": key, "parts": self.parts, "exporter": exporter(), "networks": self._entries}
+        stage.finish(
+            self.inputs,
+            engine={**engine, "extras": extras},
+            parity=[row.to_dict() for row in rows],
+            chain=chain.to_dict(),
+            same_bits=self._same_bits(),
+        )
+        self.directory.hashes.save()
+        return Exported(out, key, rows, chain, built=True)
 
     def _families(self) -> Iterator[tuple[str, Exportable]]:
         """All networks in float32 on the CPU; one model family is in memory at a time."""
@@ -162,12 +166,13 @@ class _Build:
         sd = self._stable_diffusion()
         with _enough_memory("unet", "lower image_size"):
             real = self._real = real_inputs(sd, self.spec)
-        yield from stable_diffusion_networks(sd, real).items()
+        yield from stable_diffusion_networks(sd, real.input_ids, real.unet_calls, real.latents).items()
         del sd
-        clip = clip_networks(Clip.load(self.inputs["clip"]), real)
-        yield from clip.items()
+        clip = Clip.load(self.inputs["clip"])
+        tokens = clip.tokenizer([f"photo of {name}" for name in real.names])
+        yield from clip_networks(clip, real.pixels, tokens).items()
         del clip
-        yield from qalign_networks(QAlign.load(self.inputs["qalign"]), real).items()
+        yield from qalign_networks(QAlign.load(self.inputs["qalign"]), real.pixels).items()
 
     def _stable_diffusion(self) -> StableDiffusion:
         sd = load_stable_diffusion(self.inputs["stable_diffusion"])
@@ -177,48 +182,48 @@ class _Build:
         return sd
 
     def _network(self, name: str, network: Exportable) -> ParityRow:
-        """Found or compiled, and proven."""
+        """Found or compiled, and compared with PyTorch."""
         with _enough_memory(name, f"lower networks.{name}.batch.max"):
-            return self._proven(name, network)
-
-    def _proven(self, name: str, network: Exportable) -> ParityRow:
-        spec = getattr(self.spec.networks, name)
-        self.say(f"{name}: running PyTorch")
-        expected = expected_outputs(name, network, self.spec.device, self.say)
-        self._expected[name] = expected[0]
-        candidate = Candidate(name, network, expected, spec, self.spec.device)
-        keys = network_keys(name, self.spec, self.parts, self.inputs, self.store.hash_of)
-        built = self.store.find(name, keys[0])
-        if built and _mended_in_vain(built, spec):
-            built = None
-        row = self._check_again(candidate, built) if built else None
-        if built is None or row is None or not row.passed:
-            built, row = self._compile(candidate, *keys)
-        self.entries[name] = built.entry
+            spec = getattr(self.spec.networks, name)
+            self.say(f"{name}: running PyTorch")
+            expected = expected_outputs(name, network, self.spec.device, self.say)
+            self._expected[name] = expected[0]
+            candidate = Candidate(name, network, expected, spec, self.spec.device)
+            key, graph = network_keys(name, self.spec, self.parts, self.inputs, self.directory.hashes)
+            built = self.directory.find(name, key=key)
+            row = self._check_again(candidate, built) if built and not _kept_in_vain(built, spec) else None
+            if built is None or row is None or not row.passed:
+                built, row = self._compile(candidate, key, graph)
+        self._entries[name] = built.entry
         return row
 
     def _check_again(self, candidate: Candidate, built: Built) -> ParityRow:
-        self.say(f"{candidate.name}: is here; comparing with PyTorch")
-        row = candidate.check(self.store.out / built.entry["file"])
+        self.say(f"{candidate.name}: already built; comparing with PyTorch")
+        row = candidate.check(self.directory.path / built.entry["file"])
         return replace(row, kept_float32=built.kept_float32, error_without=built.error_without)
 
     def _compile(self, candidate: Candidate, key: str, graph: str) -> tuple[Built, ParityRow]:
-        name, spec, signature = candidate.name, candidate.spec, candidate.signature
-        base = None
-        relative = self.store.relative(name, graph) if spec.options.refit else None
-        if relative and not _mended_in_vain(relative, spec):
-            base = self.store.out / relative.entry["file"]
+        name, spec, base = candidate.name, candidate.spec, None
+        relative = self.directory.find(name, graph=graph) if spec.options.refit else None
+        if relative and not _kept_in_vain(relative, spec):
+            base = self.directory.path / relative.entry["file"]
             candidate = replace(candidate, spec=replace(spec, keep_float32=relative.kept_float32))
-        with self.store.staging() as staging:
+        with self.directory.staging() as staging:
             try:
-                row, files = pass_gate(candidate, staging, self.say, base)
+                row, files = compile_within_tolerance(candidate, staging, self.say, base)
             except UserError as error:
-                raise UserError(f"{error}; {self.store.out} stays unfinished") from error
-            built = Built(key, graph, _entry(spec, signature), row.kept_float32, row.error_without)
-            return self.store.add(name, built, files), row
+                raise UserError(f"{error}; {self.directory.path} stays unfinished") from error
+            entry = {
+                "compiler": spec.compiler,
+                "precision": spec.precision,
+                "options": to_dict(spec.options),
+                "signature": candidate.signature.to_dict(),
+            }
+            built = Built(key, graph, entry, row.kept_float32, row.error_without)
+            return self.directory.add(name, built, files), row
 
     def _chain(self) -> tuple[ChainRow, Images, Images]:
-        self.say("comparing the finished chain with PyTorch's")
+        self.say("comparing the images of all engines together with PyTorch's")
         with _enough_memory("all networks together", "lower their batch.max"):
             ours = run_chain(self._pipeline, self._real)
         expected = self._expected
@@ -227,8 +232,8 @@ class _Build:
         )
         return compare_chains(ours, reference, self.spec.parity), ours, reference
 
-    def same_bits(self) -> dict[str, Any]:
-        """For the manifest: see `Pipeline.same_bits`."""
+    def _same_bits(self) -> dict[str, Any]:
+        """See `Pipeline.same_bits`."""
         self.say("looking whether an image depends on its place in a batch")
         with _enough_memory("all networks together", "lower their batch.best"):
             return self._pipeline.same_bits(self._real.names)
@@ -236,17 +241,17 @@ class _Build:
     @cached_property
     def _pipeline(self) -> Pipeline:
         specs, parity = dict(self.spec.networks.items()), self.spec.parity
-        engines = {
+        networks = {
             name: open_network(
                 name,
-                self.store.out / entry["file"],
+                self.directory.path / entry["file"],
                 Signature.from_dict(entry["signature"]),
                 specs[name],
                 self.spec.device,
             )
-            for name, entry in self.entries.items()
+            for name, entry in self._entries.items()
         }
-        return Pipeline(engines, self.store.out, steps=parity.steps, guidance=parity.guidance)
+        return Pipeline(networks, self.directory.path, steps=parity.steps, guidance=parity.guidance)
 
 
 @contextmanager
@@ -259,38 +264,52 @@ def _enough_memory(what: str, advice: str) -> Iterator[None]:
         ) from error
 
 
-def _mended_in_vain(built: Built, spec: NetworkSpec) -> bool:
+def _kept_in_vain(built: Built, spec: NetworkSpec) -> bool:
     """Whether its layers in float32, which cost speed, are there for a tighter tolerance than the spec's."""
     return built.error_without is not None and built.error_without <= spec.tolerance
 
 
-def _entry(spec: NetworkSpec, signature: Signature) -> dict[str, Any]:
-    return {
-        "compiler": spec.compiler,
-        "precision": spec.precision,
-        "options": to_dict(spec.options),
-        "signature": signature.to_dict(),
-    }
+def compile_within_tolerance(
+    candidate: Candidate, directory: Path, say: Say, base: Path | None = None
+) -> tuple[ParityRow, list[Path]]:
+    """Compile into `directory` until PyTorch is met within the tolerance; the report's row, and the files.
+
+    In low precision a second attempt leaves those layers in float32 that cause the error. `base`: see
+    `compile_network`. UserError when the network still misses its tolerance.
+    """
+    name, spec = candidate.name, candidate.spec
+    row, files = _attempt(candidate, spec.keep_float32, directory, say, base)
+    if not row.passed and spec.precision != "float32":
+        say(f"{name}: error {row.error:.1e} in {spec.precision}; looking for the layers that cause it")
+        more = layers_to_keep(candidate.network, candidate.expected, spec, candidate.device, say)
+        if more:
+            without = row.error
+            row, files = _attempt(candidate, (*spec.keep_float32, *more), directory, say)
+            row = replace(row, error_without=without)
+    if not row.passed:
+        kept = f" even with {', '.join(row.kept_float32)} in float32" if row.kept_float32 else ""
+        raise UserError(
+            f"{name}: the engine differs from PyTorch by {row.error:.2e}{kept}, more than the spec's tolerance "
+            f"{row.tolerance:.2e}"
+        )
+    return row, files
 
 
-def _copy_extras(inputs: Mapping[str, Path], out: Path) -> None:
-    """What synthesis needs besides networks: both tokenizers and the scheduler's settings."""
-    sd = inputs["stable_diffusion"]
-    for source, target in (
-        (sd / "tokenizer", "tokenizer"),
-        (sd / "scheduler", "scheduler"),
-        (inputs["clip"], "clip"),
-    ):
-        shutil.rmtree(out / target, ignore_errors=True)
-        (out / target).mkdir()
-        for file in sorted(source.iterdir()):
-            if file.is_file() and not _is_weights(file):
-                shutil.copyfile(file, out / target / file.name)
-
-
-def _is_weights(file: Path) -> bool:
-    return file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-
-
-def _extras(out: Path) -> list[Path]:
-    return [file for name in ("tokenizer", "scheduler", "clip") for file in sorted((out / name).iterdir())]
+def _attempt(
+    candidate: Candidate, keep: tuple[str, ...], directory: Path, say: Say, base: Path | None = None
+) -> tuple[ParityRow, list[Path]]:
+    name, network, device = candidate.name, candidate.network, candidate.device
+    spec = replace(candidate.spec, keep_float32=keep)
+    say(f"{name}: compiling with {spec.compiler} in {spec.precision}")
+    calls = record_calls(network.module, network.example(spec.batch)) if keep else None
+    traced_on = "cpu" if backend(spec.compiler).from_onnx else device
+    lowered = lower(network.module, spec.precision, keep, calls, traced_on)
+    inputs = [{n: t.to(traced_on) for n, t in given.items()} for given in network.inputs]
+    exportable = replace(network, module=lowered, inputs=inputs)
+    files = compile_network(exportable, spec, directory / name, device, say, base)
+    del lowered, inputs, exportable
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+    say(f"{name}: comparing with PyTorch")
+    return replace(candidate.check(files[0]), kept_float32=keep), files

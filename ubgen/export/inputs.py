@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +10,8 @@ from torch import Tensor
 from ubgen.core.classes import load_classes
 from ubgen.core.errors import UserError
 from ubgen.diffusion import StableDiffusion, initial_noise, sample, with_sampler
-from ubgen.export.compilers import Say
-from ubgen.export.networks import Exportable, TextEncoder, VaeDecoder
+from ubgen.export.exportable import Exportable, Say
+from ubgen.export.networks import TextEncoder, VaeDecoder, vae_scale
 from ubgen.export.spec import EngineSpec
 
 CHUNK = 4  # rows that PyTorch runs at a time: enough to be fast, and small beside the weights
@@ -91,11 +90,6 @@ def _trajectory(
 def _join(parts: tuple[dict[str, Tensor], ...]) -> dict[str, Tensor]:
     shared = ("uncond", "guidance")
     return {n: t if n in shared else torch.cat([part[n] for part in parts]) for n, t in parts[0].items()}
-
-
-def vae_scale(config: Any) -> int:
-    """Pixels per latent, along one side."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def tokenize(sd: StableDiffusion, prompts: list[str]) -> Tensor:

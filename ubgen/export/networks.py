@@ -1,24 +1,26 @@
-"""The six networks of an engine as plain modules: float32 tensors in, one tensor out, nothing left to do outside."""
+"""The six networks of an engine as plain modules: float32 tensors in, one tensor out, nothing left to do outside.
 
-from __future__ import annotations
+They are put together here alone, with weights or on "meta" for a plan.
+"""
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ubgen.core.config import require_directory
+from ubgen.core.errors import UserError
 from ubgen.diffusion import StableDiffusion
+from ubgen.export.exportable import Exportable
 from ubgen.export.qalign_graph import QAlignScorer
-from ubgen.export.spec import BatchRange
 from ubgen.rewards import Clip, QAlign, clip_preprocess
-from ubgen.runtime import Dim, Signature, TensorSpec
-
-if TYPE_CHECKING:
-    from ubgen.export.inputs import RealInputs
 
 
 class TextEncoder(nn.Module):
@@ -127,77 +129,127 @@ class ClipText(nn.Module):
         return nn.functional.normalize(features.float(), dim=-1)
 
 
-@dataclass(frozen=True)
-class Exportable:
-    """A network with the real inputs that it is traced on and compared on (each with at least 2 rows).
-
-    `constant` names the inputs that all rows share: their first dimension is 1, whatever the batch.
-    """
-
-    module: nn.Module
-    inputs: Sequence[Mapping[str, Tensor]]
-    output: str
-    constant: frozenset[str] = frozenset()
-
-    @torch.no_grad()
-    def reference(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        return self.module(**inputs)
-
-    def example(self, batch: BatchRange) -> dict[str, Tensor]:
-        """Rows to trace on: two where the batch is free, since a single one would become a constant of the graph."""
-        return self.rows(self.inputs[0], 0, min(2, batch.max))
-
-    def rows(self, inputs: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-        """Rows [start, stop) of `inputs`; the shared inputs whole."""
-        return {name: t if name in self.constant else t[start:stop] for name, t in inputs.items()}
-
-    def count(self, inputs: Mapping[str, Tensor]) -> int:
-        return next(len(tensor) for name, tensor in inputs.items() if name not in self.constant)
-
-    def dynamic_shapes(self, batch: BatchRange) -> dict[str, dict[int, Any]] | None:
-        """For `torch.export` and `torch.onnx.export`; None when the range is the single size 1."""
-        if batch.max == 1:
-            return None
-        rows = torch.export.Dim("batch", min=batch.min, max=batch.max)
-        return {name: {} if name in self.constant else {0: rows} for name in self.inputs[0]}
-
-    def input_specs(self, batch: BatchRange) -> tuple[TensorSpec, ...]:
-        """As a real input shows them, with the batch free in its range."""
-        rows = _rows(batch)
-        return tuple(_spec(n, t, 1 if n in self.constant else rows) for n, t in self.inputs[0].items())
-
-    def signature(self, batch: BatchRange, output: Tensor | None = None) -> Signature:
-        """`input_specs`, and the output as it is computed from a real input if it is not given."""
-        result = self.reference(self.example(batch)) if output is None else output
-        return Signature(self.input_specs(batch), (_spec(self.output, result, _rows(batch)),))
-
-
-def _rows(batch: BatchRange) -> Dim:
-    return Dim("batch", batch.min, batch.best, batch.max)
-
-
-def _spec(name: str, tensor: Tensor, rows: Dim | int) -> TensorSpec:
-    return TensorSpec(name, tensor.dtype, (rows, *tensor.shape[1:]))
-
-
-def stable_diffusion_networks(sd: StableDiffusion, real: RealInputs) -> dict[str, Exportable]:
+def stable_diffusion_networks(
+    sd: StableDiffusion, input_ids: Tensor, unet_calls: Sequence[Mapping[str, Tensor]], latents: Tensor
+) -> dict[str, Exportable]:
+    """`input_ids` (N,S), the UNet's inputs by name at some of its calls, final `latents` (N,C,h,w)."""
     shared = frozenset({"uncond", "guidance"})
     return {
         "text_encoder": Exportable(
-            TextEncoder(sd.text_encoder).eval(), [{"input_ids": real.input_ids}], "embeddings"
+            TextEncoder(sd.text_encoder).eval(), [{"input_ids": input_ids}], "embeddings"
         ),
-        "unet": Exportable(UNet(sd.unet).eval(), real.unet_calls, "noise", shared),
-        "vae_decoder": Exportable(VaeDecoder(sd.vae).eval(), [{"latents": real.latents}], "pixels"),
+        "unet": Exportable(UNet(sd.unet).eval(), unet_calls, "noise", shared),
+        "vae_decoder": Exportable(VaeDecoder(sd.vae).eval(), [{"latents": latents}], "pixels"),
     }
 
 
-def clip_networks(clip: Clip, real: RealInputs) -> dict[str, Exportable]:
-    tokens = clip.tokenizer([f"photo of {name}" for name in real.names])
+def clip_networks(clip: Clip, pixels: Tensor, tokens: Tensor) -> dict[str, Exportable]:
+    """`pixels` (N,H,W,3) uint8, `tokens` (N,T) of texts."""
     return {
-        "clip_image": Exportable(ClipImage(clip).eval(), [{"pixels": real.pixels}], "features"),
+        "clip_image": Exportable(ClipImage(clip).eval(), [{"pixels": pixels}], "features"),
         "clip_text": Exportable(ClipText(clip).eval(), [{"tokens": tokens}], "features"),
     }
 
 
-def qalign_networks(qalign: QAlign, real: RealInputs) -> dict[str, Exportable]:
-    return {"qalign": Exportable(QAlignScorer(qalign).eval(), [{"pixels": real.pixels}], "score")}
+def qalign_networks(qalign: QAlign, pixels: Tensor) -> dict[str, Exportable]:
+    """`pixels` (N,H,W,3) uint8."""
+    return {"qalign": Exportable(QAlignScorer(qalign).eval(), [{"pixels": pixels}], "score")}
+
+
+def meta_networks(image_size: int, weights: Mapping[str, Path]) -> dict[str, Exportable]:
+    """All six without weights, with two rows of inputs without values, from the weights' config files.
+
+    UserError when the image size does not fit the networks.
+    """
+    sd, clip, qalign = (
+        _meta_stable_diffusion(weights["stable_diffusion"]),
+        _meta_clip(weights["clip"]),
+        _meta_qalign(weights["qalign"]),
+    )
+    _check_image_size(image_size, sd)
+    unet, text, side = sd.unet.config, sd.text_encoder.config, image_size // vae_scale(sd.vae.config)
+    latents = _empty(unet["in_channels"], side, side)
+    prompt = _empty(text.max_position_embeddings, unet["cross_attention_dim"])
+    unet_call = {
+        "latents": latents,
+        "timestep": _empty(),
+        "cond": prompt,
+        "uncond": prompt[:1],
+        "guidance": torch.empty(1, device="meta"),
+    }
+    ids = _empty(text.max_position_embeddings, dtype=torch.int64)
+    pixels = _empty(image_size, image_size, 3, dtype=torch.uint8)
+    tokens = _empty(clip.model.context_length, dtype=torch.int64)  # type: ignore[arg-type]
+    return {
+        **stable_diffusion_networks(sd, ids, [unet_call], latents),
+        **clip_networks(clip, pixels, tokens),
+        **qalign_networks(qalign, pixels),
+    }
+
+
+def vae_scale(config: Any) -> int:
+    """Pixels per latent, along one side."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def _empty(*row: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(2, *row, dtype=dtype, device="meta")
+
+
+def _check_image_size(size: int, sd: StableDiffusion) -> None:
+    """The UNet halves the latents between its blocks, and each time the size must be even."""
+    step = vae_scale(sd.vae.config) * 2 ** (len(sd.unet.config["block_out_channels"]) - 1)
+    if size % step:
+        raise UserError(
+            f"image_size must be a multiple of {step} for these Stable Diffusion weights, not {size}"
+        )
+
+
+def _meta_stable_diffusion(path: Path) -> StableDiffusion:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        return StableDiffusion(
+            unet=UNet2DConditionModel.from_config(_config(path / "unet")).eval(),
+            vae=AutoencoderKL.from_config(_config(path / "vae")).eval(),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**_config(path / "text_encoder"))).eval(),
+            tokenizer=None,
+            scheduler=None,
+            path=path,
+        )
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    file = require_directory(directory, "--stable-diffusion", "config.json") / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{file} is not valid JSON") from None
+
+
+def _meta_clip(path: Path) -> Clip:
+    import open_clip
+
+    with torch.device("meta"), _without_warnings():  # it warns about weights that nobody asked it to load
+        model = open_clip.create_model(f"local-dir:{path}", load_weights=False, device="meta")
+    side = model.visual.image_size  # open_clip gives a pair for its transformers
+    return Clip(model.eval(), None, side if isinstance(side, int) else side[0], 0)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+
+
+def _meta_qalign(path: Path) -> QAlign:
+    from ubgen.rewards.qalign_weights import read_config
+
+    with torch.device("meta"):
+        model = QAlign(read_config(path))
+    return model.to("meta").eval()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ubgen.export.networks import Exportable
+from ubgen.export.exportable import Exportable
 from ubgen.export.spec import NetworkSpec
 from ubgen.runtime import Network, run_rows
 

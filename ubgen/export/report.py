@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ubgen.core.stage import atomic_write
+from ubgen.core.files import atomic_write
 from ubgen.export.chain import ChainRow, Images
 from ubgen.export.parity import ParityRow
 

@@ -1,17 +1,17 @@
 """Engine specs: one TOML file per deployable set of networks."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ubgen.core.config import engine_spec_path, from_dict, read_toml, to_dict
 from ubgen.core.errors import UserError
+from ubgen.runtime.backends import BACKENDS, backend
 
-Compiler = Literal["onnxruntime", "aotinductor", "tensorrt", "torch_tensorrt"]
 Precision = Literal["float32", "float16", "bfloat16", "float8"]
-Provider = Literal["cpu", "cuda", "tensorrt"]
+Provider = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class BatchRange:
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of one compiler each, refused at any other."""
+    """Settings of one compiler each (see `Backend.options`), refused at any other."""
 
     provider: Provider = "cpu"
-    """onnxruntime: what runs the graph; "cpu" on the CPU, "cuda" or "tensorrt" on a GPU."""
+    """onnxruntime: what runs the graph; "cpu" on the CPU, "cuda" on a GPU."""
     cuda_graphs: bool = False
     """Replay each batch size as one CUDA graph (on a GPU)."""
     refit: bool = False
@@ -50,12 +50,12 @@ class NetworkSpec:
 
     batch: BatchRange
     tolerance: float
-    compiler: Compiler = "onnxruntime"
+    compiler: str = "onnxruntime"  # one of BACKENDS
     precision: Precision = "float32"
     # 18 to 23 ran the miniature's UNet within 7 % of each other on ONNX Runtime's CPU kernels, 20 first
     opset: int = 20
     keep_float32: tuple[str, ...] = ()
-    """Paths of modules that stay in float32; those that the parity gate finds come on top."""
+    """Paths of modules that stay in float32; an export adds those that the tolerance needs."""
     options: Options = field(default_factory=Options)
 
 
@@ -128,15 +128,45 @@ class EngineSpec:
 def load_spec(name_or_path: str | Path, **weights: str | Path | None) -> EngineSpec:
     """The spec of that name or file; `weights` (stable_diffusion, clip, qalign) replace its paths where given.
 
-    UserError names the file and the key for anything unknown, mistyped or impossible. Whether this machine can
-    build it is another question: see `ubgen.export.machine`.
+    A file may start from another spec (`extends`, a name or a file), and may set values for every network at once
+    (`defaults`). UserError names the file and the key for anything unknown, mistyped or impossible. Whether this
+    machine can build the spec is another question: see `machine_problem`.
     """
     path = engine_spec_path(name_or_path)
-    spec = from_dict(read_toml(path), EngineSpec, str(path))
+    spec = from_dict(_read(path), EngineSpec, str(path))
     if problem := next(_problems(spec), None):
         raise UserError(f"{path}: {problem}")
     given = {name: str(value) for name, value in weights.items() if value is not None}
     return dataclasses.replace(spec, weights=dataclasses.replace(spec.weights, **given))
+
+
+def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The spec's tables, over those of the spec that it extends; `defaults` are spread over its networks."""
+    values = read_toml(path)
+    base, defaults, networks = (
+        values.pop("extends", None),
+        values.pop("defaults", {}),
+        values.get("networks", {}),
+    )
+    if not isinstance(defaults, dict) or not isinstance(networks, dict):
+        raise UserError(f"{path}: defaults and networks must be tables")
+    if defaults:
+        every = {field.name: defaults for field in dataclasses.fields(Networks)}
+        values["networks"] = _merged(every, networks)
+    if base is None:
+        return values
+    if not isinstance(base, str) or path in extended_by:
+        raise UserError(f"{path}: extends must name another spec or .toml file, not {base!r}")
+    return _merged(_read(engine_spec_path(base), (*extended_by, path)), values)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, table by table."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 def _problems(spec: EngineSpec) -> Iterator[str]:
@@ -149,6 +179,9 @@ def _problems(spec: EngineSpec) -> Iterator[str]:
     if not (0 < chain.within_one_level <= 1 and min(chain.psnr, chain.clip_similarity, chain.quality) > 0):
         yield "parity.chain must be above 0, and within_one_level at most 1"
     for name, network in spec.networks.items():
+        if network.compiler not in BACKENDS:
+            yield f"networks.{name}.compiler must be one of {list(BACKENDS)}, not {network.compiler!r}"
+            continue
         for problem in [*_range_problems(network), *_precision_problems(network, spec.device)]:
             yield f"networks.{name}.{problem}"
         for problem in _option_problems(network, spec.device):
@@ -167,33 +200,25 @@ def _range_problems(network: NetworkSpec) -> Iterator[str]:
 
 def _precision_problems(network: NetworkSpec, device: str) -> Iterator[str]:
     compiler, precision = network.compiler, network.precision
-    if compiler in ("tensorrt", "torch_tensorrt") and device != "cuda":
-        yield f'compiler = "{compiler}" needs device = "cuda", not "{device}"'
-    if precision == "float8" and compiler != "tensorrt":
-        yield f'precision = "float8" needs compiler = "tensorrt", not "{compiler}"'
+    possible = backend(compiler).precisions
+    if device not in possible:
+        yield f'compiler = "{compiler}" needs device = "{next(iter(possible))}", not "{device}"'
+    elif precision not in possible[device]:
+        known = ", ".join(possible[device])
+        yield f'precision = "{precision}" is not supported by {compiler} on device = "{device}"; use one of {known}'
     if precision == "float8" and network.opset > 22:
         yield f'precision = "float8" needs opset 18..22, not {network.opset}: later attention cannot be quantised'
-    if precision == "bfloat16" and compiler == "onnxruntime" and device == "cpu":
-        yield 'precision = "bfloat16" has no kernels in ONNX Runtime on the CPU; use "float32" or aotinductor'
     if network.keep_float32 and precision == "float32":
-        yield 'keep_float32 says nothing at precision = "float32"'
+        yield 'keep_float32 has no effect with precision = "float32"; remove it'
 
 
 def _option_problems(network: NetworkSpec, device: str) -> Iterator[str]:
     compiler, options = network.compiler, network.options
-    tensorrt = ("tensorrt", "torch_tensorrt")
-    owners: dict[str, tuple[str, ...]] = {
-        "provider": ("onnxruntime",),
-        "refit": ("tensorrt",),
-        "workspace_gb": tensorrt,
-        "optimization_level": tensorrt,
-        "freeze": ("aotinductor",),
-        "max_autotune": ("aotinductor",),
-    }
-    for option, compilers in owners.items():
-        if getattr(options, option) != getattr(Options(), option) and compiler not in compilers:
-            yield f"{option} is a setting of {' and '.join(compilers)}, not of {compiler}"
-    if compiler == "onnxruntime" and (options.provider == "cpu") != (device == "cpu"):
+    for option, value in to_dict(options).items():
+        if value != getattr(Options(), option) and option not in backend(compiler).options:
+            owners = [name for name, other in BACKENDS.items() if option in other.options]
+            yield f"{option} is an option of {' and '.join(owners)}, not of {compiler}"
+    if compiler == "onnxruntime" and options.provider != device:
         yield f'provider = "{options.provider}" does not run on device = "{device}"'
     if options.cuda_graphs and device != "cuda":
         yield f'cuda_graphs needs device = "cuda", not "{device}"'

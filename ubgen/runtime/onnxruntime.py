@@ -1,7 +1,6 @@
-"""ONNX Runtime on the CPU, and on a GPU with its CUDA or TensorRT provider, on torch's own memory."""
+"""ONNX Runtime on the CPU, and on a GPU with its CUDA provider, on torch's own memory."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from ubgen.core.errors import UserError
 from ubgen.core.probes import GET_ONNXRUNTIME_GPU
-from ubgen.runtime.cache import cache_directory
 from ubgen.runtime.cuda_graphs import GraphedCalls, Inputs, Sizes
-from ubgen.runtime.network import Dim, Network, Signature
+from ubgen.runtime.network import Network, Signature
 
 ELEMENT_TYPES = {  # ONNX's numbers: numpy has no bfloat16
     torch.float32: 1,
@@ -24,18 +22,12 @@ ELEMENT_TYPES = {  # ONNX's numbers: numpy has no bfloat16
     torch.float16: 10,
     torch.bfloat16: 16,
 }
-_PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
-_FLOAT16, _BFLOAT16 = ELEMENT_TYPES[torch.float16], ELEMENT_TYPES[torch.bfloat16]
 
 
 def open_network(
     name: str, path: Path, signature: Signature, device: str, threads: int, options: Mapping[str, Any]
 ) -> Network:
-    """The graph at `path`, run by `options["provider"]` ("cpu", "cuda" or "tensorrt"; default: cpu).
+    """The graph at `path`, run by `options["provider"]` ("cpu" or "cuda"; default: cpu).
 
     UserError when the file is no graph of this signature, or the provider cannot run it here.
     """
@@ -44,10 +36,6 @@ def open_network(
         raise UserError(f"{name}: this engine was compiled for ONNX Runtime's {provider}, not for {device!r}")
     if provider == "cpu":
         return OnnxRuntimeNetwork(name, path, signature, threads)
-    if provider == "tensorrt" and options.get(
-        "cuda_graphs"
-    ):  # it keeps one graph only, for whatever size comes
-        raise UserError(f'{name}: cuda_graphs needs provider = "cuda", not "tensorrt"')
     return OnnxRuntimeGpuNetwork(name, path, signature, device, threads, options)
 
 
@@ -56,7 +44,7 @@ class OnnxRuntimeNetwork(Network):
 
     def __init__(self, name: str, path: Path, signature: Signature, threads: int) -> None:
         super().__init__(name, signature, "cpu")
-        self._session = open_session(path, signature, session_options(threads), [_PROVIDERS["cpu"]])
+        self._session = open_session(path, signature, threads, "CPUExecutionProvider")
 
     def _run(self, inputs: dict[str, Tensor], sizes: dict[str, int]) -> dict[str, Tensor]:
         outputs = _outputs(self.signature, sizes, self.device)
@@ -78,12 +66,9 @@ class OnnxRuntimeGpuNetwork(Network):
     ) -> None:
         super().__init__(name, signature, device)
         self._stream = torch.cuda.Stream(device)
-        provider = options["provider"]
         graphs = bool(options.get("cuda_graphs"))
-        chosen = [("CUDAExecutionProvider", _cuda_settings(self._stream, graphs))]
-        if provider == "tensorrt":  # takes what it can; the rest of the graph stays on the GPU
-            chosen.insert(0, ("TensorrtExecutionProvider", _tensorrt_settings(path, signature, self._stream)))
-        self._session = open_session(path, signature, session_options(threads), chosen)
+        settings = _cuda_settings(self._stream, graphs)
+        self._session = open_session(path, signature, threads, "CUDAExecutionProvider", settings)
         self._graphed = GraphedCalls(self._eager, self._capture) if graphs else None
         self._captured = 0
 
@@ -128,7 +113,7 @@ class _OrtGraph:
         return {name: tensor.clone() for name, tensor in self._outputs.items()}
 
 
-def session_options(threads: int) -> ort.SessionOptions:
+def _session_options(threads: int) -> ort.SessionOptions:
     """Of every session here: `threads` for one operator, operators one after another."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -140,18 +125,19 @@ def session_options(threads: int) -> ort.SessionOptions:
 
 
 def open_session(
-    path: Path, signature: Signature, options: ort.SessionOptions, providers: Sequence[Any]
+    path: Path, signature: Signature, threads: int, provider: str, settings: Mapping[str, str] | None = None
 ) -> ort.InferenceSession:
-    """A session of the first provider, or UserError: ONNX Runtime itself would run on the CPU with a mere warning."""
-    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
-    if wanted not in ort.get_available_providers():
-        raise UserError(f"{path}: this onnxruntime has no {wanted}; {GET_ONNXRUNTIME_GPU}")
+    """A session of the provider, or UserError: ONNX Runtime itself would run on the CPU with a mere warning."""
+    if provider not in ort.get_available_providers():
+        raise UserError(f"{path}: this onnxruntime has no {provider}; {GET_ONNXRUNTIME_GPU}")
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        session = ort.InferenceSession(
+            str(path), _session_options(threads), providers=[(provider, dict(settings or {}))]
+        )
     except Exception as error:  # onnxruntime's own exception classes share no base
         raise UserError(f"{path} cannot be opened by ONNX Runtime: {_first_line(error)}") from error
-    if session.get_providers()[0] != wanted:
-        raise UserError(f"{path}: ONNX Runtime could not start {wanted}; are its CUDA libraries installed?")
+    if session.get_providers()[0] != provider:
+        raise UserError(f"{path}: ONNX Runtime could not start {provider}; are its CUDA libraries installed?")
     _check_graph(path, session, signature)
     return session
 
@@ -183,51 +169,12 @@ def _bind(session: ort.InferenceSession, inputs: Mapping[str, Tensor], outputs: 
 
 
 def _cuda_settings(stream: torch.cuda.Stream, graphs: bool) -> dict[str, str]:
-    # TF32 would miss the tolerance of float32 graphs; half precision does not use it
-    return {**_on(stream), "use_tf32": "0", "enable_cuda_graph": str(int(graphs))}
-
-
-def _tensorrt_settings(path: Path, signature: Signature, stream: torch.cuda.Stream) -> dict[str, str]:
-    cache = str(cache_directory("onnxruntime-tensorrt", _fingerprint(path)))
     return {
-        **_on(stream),
-        "trt_fp16_enable": str(int(_uses(path, _FLOAT16))),
-        "trt_bf16_enable": str(int(_uses(path, _BFLOAT16))),
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": cache,
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": cache,
-        **{f"trt_profile_{bound}_shapes": _shapes(signature, bound) for bound in ("min", "opt", "max")},
+        "device_id": str(stream.device.index),
+        "user_compute_stream": str(stream.cuda_stream),
+        "use_tf32": "0",  # it would miss the tolerance of float32 graphs; half precision does not use it
+        "enable_cuda_graph": str(int(graphs)),
     }
-
-
-def _on(stream: torch.cuda.Stream) -> dict[str, str]:
-    return {"device_id": str(stream.device.index), "user_compute_stream": str(stream.cuda_stream)}
-
-
-def _fingerprint(path: Path) -> str:
-    """Of the graph and its weights as they lie there: the provider names its engines after the nodes alone."""
-    files = [file for file in (path, path.with_name(f"{path.name}.data")) if file.exists()]
-    marks = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
-
-
-def _shapes(signature: Signature, bound: str) -> str:
-    """ "latents:1x4x64x64,timestep:1", at the smallest ("min"), best ("opt") or largest ("max") sizes."""
-    attribute = "best" if bound == "opt" else bound
-    sizes = [
-        (spec.name, [getattr(size, attribute) if isinstance(size, Dim) else size for size in spec.shape])
-        for spec in signature.inputs
-    ]
-    return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in sizes)
-
-
-def _uses(path: Path, element: int) -> bool:
-    """Whether a weight of the graph has this type."""
-    import onnx  # a second, and wanted by one provider alone
-
-    graph = onnx.load(path, load_external_data=False).graph
-    return any(tensor.data_type == element for tensor in graph.initializer)
 
 
 def _first_line(error: Exception) -> str:

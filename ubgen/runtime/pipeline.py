@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ubgen.core.errors import UserError
 from ubgen.diffusion import initial_noise, load_scheduler, sample_guided
-from ubgen.runtime.network import Network
-from ubgen.runtime.rows import run_rows
+from ubgen.runtime.network import Network, run_rows
 
 NETWORKS = ("text_encoder", "unet", "vae_decoder", "clip_image", "clip_text", "qalign")
 

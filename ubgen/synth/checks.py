@@ -6,7 +6,7 @@ from typing import Any
 
 from ubgen.core.errors import UserError
 from ubgen.runtime import Signature
-from ubgen.runtime.key import check_engine
+from ubgen.runtime.engine import check_engine
 from ubgen.runtime.pipeline import NETWORKS
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.executors.job import devices

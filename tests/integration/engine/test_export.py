@@ -10,10 +10,9 @@ import torch
 
 from ubgen import runtime
 from ubgen.core.errors import UserError
-from ubgen.core.stage import stage_directory
+from ubgen.core.stage import Stage
 from ubgen.diffusion import decode, encode_prompts, load_stable_diffusion, merge_lora
 from ubgen.export import Exported, export_engine, load_spec, plan_export
-from ubgen.export.compilers import COMPILERS
 from ubgen.rewards import Clip, QAlign
 
 
@@ -89,12 +88,12 @@ def test_a_finished_engine_is_not_replaced_by_another(
     exported: Exported, family: dict[str, str], spec_file: Path, lora: Path
 ) -> None:
     with pytest.raises(
-        UserError, match=r"another engine: lora is sha256:.* there and absent here; .*--overwrite"
+        UserError, match=r"another configuration \(lora was sha256:.*, now absent\); .*--overwrite"
     ):
         export_engine(load_spec(spec_file, **family), exported.path, lora=None)
     spec = load_spec(spec_file, **family)
     other = dataclasses.replace(spec, parity=dataclasses.replace(spec.parity, seed=1))
-    with pytest.raises(UserError, match=r"another engine: spec is sha256:"):
+    with pytest.raises(UserError, match=r"another configuration \(spec was sha256:"):
         export_engine(other, exported.path, lora)
     assert runtime.load(exported.path).key == exported.key
 
@@ -127,7 +126,9 @@ def test_missing_inputs_are_named(tmp_path: Path, family: dict[str, str], spec_f
 def test_an_unfinished_training_run_is_refused(
     tmp_path: Path, family: dict[str, str], spec_file: Path, lora: Path
 ) -> None:
-    with stage_directory(tmp_path / "train", "train", {}):
+    stage = Stage(tmp_path / "train", "train", {})
+    with stage.hold():
+        stage.begin()
         shutil.copy(lora / "pytorch_lora_weights.safetensors", tmp_path / "train")
     with pytest.raises(UserError, match="train is unfinished"):
         export_engine(load_spec(spec_file, **family), tmp_path / "out", tmp_path / "train")
@@ -136,7 +137,9 @@ def test_an_unfinished_training_run_is_refused(
 def test_a_lora_of_another_generator_is_refused(
     tmp_path: Path, family: dict[str, str], spec_file: Path, lora: Path
 ) -> None:
-    with stage_directory(tmp_path / "train", "train", {}) as stage:
+    stage = Stage(tmp_path / "train", "train", {})
+    with stage.hold():
+        stage.begin()
         shutil.copy(lora / "pytorch_lora_weights.safetensors", tmp_path / "train")
         stage.finish({"stable_diffusion": family["clip"]})
     with pytest.raises(UserError, match=r"train was trained on .*clip, not on the weights in"):
@@ -156,7 +159,9 @@ def test_a_lora_whose_generator_has_changed_since_is_refused(
 ) -> None:
     """But not for files beside the weights that no stage reads."""
     sd = Path(shutil.copytree(family["stable_diffusion"], tmp_path / "sd"))
-    with stage_directory(tmp_path / "train", "train", {}) as stage:
+    stage = Stage(tmp_path / "train", "train", {})
+    with stage.hold():
+        stage.begin()
         shutil.copy(lora / "pytorch_lora_weights.safetensors", tmp_path / "train")
         stage.finish({"stable_diffusion": sd})
     (sd / changed).parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +178,7 @@ def test_a_gpu_that_runs_out_of_memory_gets_one_line(
     def compile_network(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
 
-    monkeypatch.setitem(COMPILERS, "onnxruntime", compile_network)
+    monkeypatch.setattr("ubgen.export.build.compile_network", compile_network)
     message = (
         r"^text_encoder: the GPU has too little memory; lower networks\.text_encoder\.batch\.max, or free"
     )
@@ -186,5 +191,5 @@ def test_an_output_directory_in_use_is_refused(
     tmp_path: Path, family: dict[str, str], spec_file: Path
 ) -> None:
     spec = load_spec(spec_file, **family)
-    with stage_directory(tmp_path / "out", "export", {}), pytest.raises(UserError, match="in use"):
+    with Stage(tmp_path / "out", "export", {}).hold(), pytest.raises(UserError, match="in use"):
         export_engine(spec, tmp_path / "out")

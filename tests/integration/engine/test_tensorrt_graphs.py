@@ -13,12 +13,13 @@ from torch import Tensor
 from ubgen.core.probes import modelopt
 from ubgen.diffusion import load_stable_diffusion
 from ubgen.export import load_spec
+from ubgen.export.compilers.onnx import export_onnx
 from ubgen.export.compilers.tensorrt_graph import onnx_graph
+from ubgen.export.exportable import Exportable
 from ubgen.export.inputs import real_inputs
-from ubgen.export.networks import Exportable, clip_networks, qalign_networks, stable_diffusion_networks
-from ubgen.export.onnx import export_onnx
+from ubgen.export.mixed_precision import lower
+from ubgen.export.networks import clip_networks, qalign_networks, stable_diffusion_networks
 from ubgen.export.parity import row_errors
-from ubgen.export.precision import lower
 from ubgen.export.spec import BatchRange, NetworkSpec
 from ubgen.rewards import Clip, QAlign
 
@@ -37,10 +38,11 @@ CASES = [
 def networks(family: dict[str, str], spec_file: Path) -> dict[str, Exportable]:
     sd = load_stable_diffusion(family["stable_diffusion"])
     real = real_inputs(sd, load_spec(spec_file, **family))
+    clip = Clip.load(family["clip"])
     return {
-        **stable_diffusion_networks(sd, real),
-        **clip_networks(Clip.load(family["clip"]), real),
-        **qalign_networks(QAlign.load(family["qalign"]), real),
+        **stable_diffusion_networks(sd, real.input_ids, real.unet_calls, real.latents),
+        **clip_networks(clip, real.pixels, clip.tokenizer(real.names)),
+        **qalign_networks(QAlign.load(family["qalign"]), real.pixels),
     }
 
 

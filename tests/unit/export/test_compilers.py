@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from ubgen.core.errors import UserError
 from ubgen.core.probes import modelopt
-from ubgen.export.compilers import COMPILERS
+from ubgen.export.compilers import compile_network, one_line
 from ubgen.export.compilers.float8 import calibration_rows, quantise
-from ubgen.export.compilers.program import one_line
-from ubgen.export.compilers.tensorrt_graph import cast_images, onnx_graph
-from ubgen.export.compilers.tensorrt_operators import SUPPORTED, check_operators
-from ubgen.export.networks import Exportable
+from ubgen.export.compilers.tensorrt_graph import SUPPORTED, cast_images, check_operators, onnx_graph
+from ubgen.export.exportable import Exportable
 from ubgen.export.spec import BatchRange, NetworkSpec
 from ubgen.runtime import Network
-from ubgen.runtime.backends import BACKENDS
+from ubgen.runtime.backends import backend
 
 BATCH = BatchRange(1, 2, 8)
 FLOAT, UINT8, INT64 = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT64
@@ -59,7 +57,7 @@ def spec(compiler: str = "tensorrt", opset: int = 23, **changes: object) -> Netw
 
 
 def load(path: Path, network: Exportable) -> Network:
-    return BACKENDS["onnxruntime"].load("picture", path, network.signature(BATCH), "cpu", 1, {})
+    return backend("onnxruntime").load("picture", path, network.signature(BATCH), "cpu", 1, {})
 
 
 def assert_equal(network: Network, wanted: Exportable) -> None:
@@ -72,7 +70,7 @@ def assert_equal(network: Network, wanted: Exportable) -> None:
 def test_onnx_runtime_runs_what_was_written_and_nothing_else_is_left(
     picture: Exportable, tmp_path: Path
 ) -> None:
-    files = COMPILERS["onnxruntime"](picture, spec("onnxruntime"), tmp_path / "picture", "cpu", print).files
+    files = compile_network(picture, spec("onnxruntime"), tmp_path / "picture", "cpu", print)
     assert list(tmp_path.iterdir()) == files == [tmp_path / "picture.onnx"]
     assert_equal(load(files[0], picture), picture)
 
@@ -110,13 +108,13 @@ def test_a_compiler_that_cannot_serve_the_device_says_so(
     picture: Exportable, tmp_path: Path, compiler: str
 ) -> None:
     with pytest.raises(UserError, match=rf"^{compiler}: has no engines for the CPU$"):
-        COMPILERS[compiler](picture, spec(compiler), tmp_path / "picture", "cpu", print)
+        compile_network(picture, spec(compiler), tmp_path / "picture", "cpu", print)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 @pytest.mark.parametrize("compiler", ["tensorrt", "torch_tensorrt", "aotinductor", "onnxruntime"])
 def test_without_a_gpu_each_compiler_says_what_is_missing(compiler: str) -> None:
-    probe = BACKENDS[compiler].probe("cuda")
+    probe = backend(compiler).probe("cuda")
     assert not probe.available
     assert probe.detail
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ubgen.export.exportable import Exportable
 from ubgen.export.inputs import expected_outputs, outputs
-from ubgen.export.networks import Exportable
 
 
 class Scarce(nn.Linear):

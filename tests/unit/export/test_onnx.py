@@ -15,9 +15,10 @@ from onnx import parser
 from torch import Tensor
 
 from ubgen.diffusion import load_stable_diffusion
-from ubgen.export.networks import Exportable, UNet
-from ubgen.export.onnx import export_onnx
-from ubgen.export.onnx_passes import compute_equal_rows_once, fit_cpu
+from ubgen.export.compilers.onnx import export_onnx
+from ubgen.export.compilers.onnx_passes import compute_equal_rows_once, fit_cpu
+from ubgen.export.exportable import Exportable
+from ubgen.export.networks import UNet
 from ubgen.export.spec import BatchRange, NetworkSpec, Options
 
 RTOL = 1e-5  # of the largest value

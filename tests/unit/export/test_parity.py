@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ubgen.export.chain import EQUAL_PSNR, ChainRow, Images, compare_chains
-from ubgen.export.networks import Exportable
+from ubgen.export.exportable import Exportable
 from ubgen.export.parity import ParityRow, check_parity, row_errors
 from ubgen.export.report import write_report
 from ubgen.export.spec import BatchRange, ChainTolerance, NetworkSpec, ParitySpec

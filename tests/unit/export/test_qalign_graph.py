@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ubgen.core.config import resolve_path
 from ubgen.core.errors import UserError
-from ubgen.export.flops import count_flops
-from ubgen.export.networks import Exportable
-from ubgen.export.onnx import export_onnx
+from ubgen.export.compilers.onnx import export_onnx
+from ubgen.export.cost import count_flops
+from ubgen.export.exportable import Exportable
 from ubgen.export.qalign_graph import QAlignScorer
 from ubgen.export.spec import BatchRange, NetworkSpec
 from ubgen.rewards import QAlign
@@ -150,7 +150,7 @@ def run(file: Path, pixels: Tensor) -> Tensor:
 def test_equals_the_score_in_onnxruntime_at_every_batch(
     miniature, opset, embed_limit, names, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ubgen.export.onnx.EMBED_LIMIT", embed_limit)
+    monkeypatch.setattr("ubgen.export.compilers.onnx.EMBED_LIMIT", embed_limit)
     files = export(QAlignScorer(miniature), opset, tmp_path, 80)
     assert [file.name for file in files] == ["qalign.onnx", "qalign.onnx.data"][:names]
     for batch in (1, 2, 5):

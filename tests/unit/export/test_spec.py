@@ -7,8 +7,8 @@ import pytest
 
 from ubgen.core.config import engine_spec_path, shipped_engine_specs
 from ubgen.core.errors import UserError
-from ubgen.export import load_spec, why_not
-from ubgen.export.sources import weight_directories
+from ubgen.export import load_spec, machine_problem
+from ubgen.export.keys import find_inputs
 
 NAMES = ["text_encoder", "unet", "vae_decoder", "clip_image", "clip_text", "qalign"]
 SHIPPED = {
@@ -60,29 +60,21 @@ def test_weights_can_be_replaced_and_do_not_count_as_content() -> None:
 def test_weights_that_a_spec_leaves_out_must_be_given() -> None:
     spec = load_spec("sd15-cpu", stable_diffusion="ubgen:miniature/weights/stable-diffusion")
     with pytest.raises(UserError, match=r"^--clip: this spec names no weights of its own"):
-        weight_directories(spec)
+        find_inputs(spec, None)
 
 
-UNET = '[networks.unet]\ncompiler = "onnxruntime"\nopset = 23\n'
+DECODER = "[networks.vae_decoder]\n"
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("[networks.unet]", "[networks.unit]", r"unknown key 'networks\.unit'; did you mean 'unet'"),
-        ("max = 128", "maximum = 128", r"unknown key 'networks\.unet\.batch\.maximum'"),
-        (
-            UNET,
-            UNET + "options = { cuda_graph = true }\n",
-            r"unknown key .*options\.cuda_graph'; did you mean",
-        ),
+        (DECODER, "[networks.decoder]\n", r"unknown key 'networks\.decoder'; did you mean 'vae_decoder'"),
+        ("max = 128", "maximum = 128", r"unknown key 'networks\.text_encoder\.batch\.maximum'"),
+        (DECODER, DECODER + "options = { cuda_graph = true }\n", r"unknown key .*options\.cuda_graph'; did you mean"),
         ('precision = "float32"', 'precision = "float64"', "precision must be one of"),
         ('compiler = "onnxruntime"', 'compiler = "tensorr"', r"text_encoder\.compiler must be one of"),
-        (
-            "min = 1, best = 16, max = 128",
-            "min = 1, best = 512, max = 128",
-            r"networks\.unet\.batch must have 1 <=",
-        ),
+        ("best = 16", "best = 512", r"networks\.text_encoder\.batch must have 1 <="),
         ("tolerance = 1e-4", "tolerance = -1.0", r"tolerance must be above 0"),
         ("tolerance = 1e-4", "tolerance = nan", r"tolerance must be above 0"),
         ("tolerance = 1e-4", 'tolerance = "small"', r"tolerance must be of type float"),
@@ -93,40 +85,18 @@ UNET = '[networks.unet]\ncompiler = "onnxruntime"\nopset = 23\n'
         ("within_one_level = 0.999", "within_one_level = 1.5", "within_one_level at most 1"),
         ('device = "cpu"', 'device = "tpu"', "device must be one of"),
         ('device = "cpu"', 'device = "cuda"', r'provider = "cpu" does not run on device = "cuda"'),
-        (
-            UNET,
-            UNET + 'options = { provider = "cuda" }\n',
-            r'unet\.options\.provider = "cuda" does not run on',
-        ),
-        (UNET, UNET + "options = { cuda_graphs = true }\n", r'cuda_graphs needs device = "cuda", not "cpu"'),
-        (
-            UNET,
-            UNET + "options = { freeze = true }\n",
-            "freeze is a setting of aotinductor, not of onnxruntime",
-        ),
-        (UNET, UNET + "options = { refit = true }\n", "refit is a setting of tensorrt, not of onnxruntime"),
-        (
-            UNET,
-            '[networks.unet]\ncompiler = "tensorrt"\nopset = 23\n',
-            r'unet\.compiler = "tensorrt" needs device = "cuda"',
-        ),
-        (
-            UNET + 'precision = "float32"',
-            UNET + 'precision = "float8"',
-            r'precision = "float8" needs compiler = "tensorrt", not "onnxruntime"',
-        ),
-        (
-            UNET + 'precision = "float32"',
-            UNET + 'precision = "bfloat16"',
-            "bfloat16.* has no kernels in ONNX Runtime on the CPU",
-        ),
-        (
-            UNET,
-            UNET + 'keep_float32 = ["unet.conv_in"]\n',
-            r'keep_float32 says nothing at precision = "float32"',
-        ),
+        (DECODER, DECODER + 'options = { provider = "cuda" }\n', r'provider = "cuda" does not run on device = "cpu"'),
+        (DECODER, DECODER + 'options = { provider = "tensorrt" }\n', r"options\.provider must be one of"),
+        (DECODER, DECODER + "options = { cuda_graphs = true }\n", r'cuda_graphs needs device = "cuda", not "cpu"'),
+        (DECODER, DECODER + "options = { freeze = true }\n", "freeze is an option of aotinductor, not of onnxruntime"),
+        (DECODER, DECODER + "options = { refit = true }\n", "refit is an option of tensorrt, not of onnxruntime"),
+        (DECODER, DECODER + 'compiler = "tensorrt"\n', r'vae_decoder\.compiler = "tensorrt" needs device = "cuda"'),
+        (DECODER, DECODER + 'precision = "float8"\n', "float8. is not supported by .* use one of float32, float16"),
+        (DECODER, DECODER + 'precision = "bfloat16"\n', '"bfloat16" is not supported by onnxruntime on device = "cpu"'),
+        (DECODER, DECODER + 'keep_float32 = ["decoder"]\n', r'keep_float32 has no effect with precision = "float32"'),
+        ("description", 'extends = "nothing"\ndescription', "engine spec 'nothing' is neither"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_spec_is_refused_in_one_line(
     tmp_path: Path, text: str, old: str, new: str, message: str
 ) -> None:
@@ -134,8 +104,34 @@ def test_a_wrong_spec_is_refused_in_one_line(
     path = spec_file(tmp_path, text.replace(old, new, 1))
     with pytest.raises(UserError, match=message) as caught:
         load_spec(path)
-    assert str(caught.value).startswith(str(path))
+    assert str(caught.value).startswith(str(path)) or "extends" in new
     assert "\n" not in str(caught.value)
+
+
+def test_a_spec_may_extend_another(tmp_path: Path) -> None:
+    base = load_spec("miniature")
+    text = """extends = "miniature"
+        [parity]
+        steps = 4
+        [defaults]
+        tolerance = 1e-2
+        batch = { best = 8 }
+        [networks.unet]
+        tolerance = 2e-2"""
+    spec = load_spec(spec_file(tmp_path, text))
+    assert (spec.parity.steps, spec.parity.images, spec.weights) == (4, base.parity.images, base.weights)
+    assert [network.tolerance for _, network in spec.networks.items()] == [1e-2, 2e-2, 1e-2, 1e-2, 1e-2, 1e-2]
+    assert [network.batch.best for _, network in spec.networks.items()] == [8] * 6
+    assert spec.networks.unet.batch.max == base.networks.unet.batch.max
+
+
+def test_what_cannot_be_extended_is_named(tmp_path: Path) -> None:
+    path = spec_file(tmp_path, f'extends = "{tmp_path / "spec.toml"}"')
+    with pytest.raises(UserError, match=r"spec\.toml: extends must name another spec"):
+        load_spec(path)
+    path = spec_file(tmp_path, 'extends = "miniature"\ndefaults = 3')
+    with pytest.raises(UserError, match=r"spec\.toml: defaults and networks must be tables"):
+        load_spec(path)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +139,8 @@ def test_a_wrong_spec_is_refused_in_one_line(
     [
         ("optimization_level = 6", r"optimization_level must be 0\.\.5, not 6"),
         ("workspace_gb = 0.0", "workspace_gb must be above 0"),
-        ("max_autotune = true", "max_autotune is a setting of aotinductor, not of tensorrt"),
-        ('provider = "tensorrt"', "provider is a setting of onnxruntime, not of tensorrt"),
+        ("max_autotune = true", "max_autotune is an option of aotinductor, not of tensorrt"),
+        ('provider = "cuda"', "provider is an option of onnxruntime, not of tensorrt"),
     ],
 )
 def test_wrong_options_of_tensorrt(tmp_path: Path, options: str, message: str) -> None:
@@ -155,9 +151,9 @@ def test_wrong_options_of_tensorrt(tmp_path: Path, options: str, message: str) -
 
 
 def test_float8_with_a_later_opset(tmp_path: Path) -> None:
-    text = engine_spec_path("sd15-fp8").read_text(encoding="utf-8")
+    path = spec_file(tmp_path, 'extends = "sd15-fp8"\n[networks.unet]\nopset = 23')
     with pytest.raises(UserError, match=r'precision = "float8" needs opset 18\.\.22, not 23'):
-        load_spec(spec_file(tmp_path, text.replace("opset = 20", "opset = 23")))
+        load_spec(path)
 
 
 def test_an_unknown_name_lists_the_shipped_ones() -> None:
@@ -170,5 +166,5 @@ def test_a_machine_without_a_gpu_says_so() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert "CUDA" in (why_not(load_spec("sd15-fp16")) or "")
-    assert why_not(load_spec("miniature")) is None
+    assert "CUDA" in (machine_problem(load_spec("sd15-fp16")) or "")
+    assert machine_problem(load_spec("miniature")) is None

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from ubgen.benchmark.memory import resident
 from ubgen.core.errors import UserError
 from ubgen.core.probes import aotinductor_cpu
-from ubgen.export.compilers import COMPILERS
-from ubgen.export.networks import Exportable
+from ubgen.export.compilers import compile_network
+from ubgen.export.exportable import Exportable
 from ubgen.export.spec import BatchRange, NetworkSpec
 from ubgen.runtime import Network, Signature
 from ubgen.runtime.aotinductor import cpu_features
-from ubgen.runtime.backends import BACKENDS
+from ubgen.runtime.backends import backend
 
 pytestmark = pytest.mark.skipif(not aotinductor_cpu().available, reason=aotinductor_cpu().detail)
 BATCH = BatchRange(1, 2, 8)
@@ -48,7 +48,7 @@ def small() -> Exportable:
 @pytest.fixture(scope="module")
 def package(small: Exportable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("package")
-    files = COMPILERS["aotinductor"](small, SPEC, directory / "small", "cpu", print).files
+    files = compile_network(small, SPEC, directory / "small", "cpu", print)
     assert list(directory.iterdir()) == files
     return files[0]
 
@@ -62,7 +62,7 @@ def _strict() -> Iterator[None]:
 
 
 def load(path: Path, signature: Signature, threads: int = 1) -> Network:
-    return BACKENDS["aotinductor"].load("small", path, signature, "cpu", threads, {})
+    return backend("aotinductor").load("small", path, signature, "cpu", threads, {})
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_weights_are_in_memory_once(tmp_path: Path) -> None:
     """In a process of its own, whose memory is known; weights of 64 MiB, of which the loader keeps two copies."""
     inputs = {"input": torch.randn(4, 4096)}
     heavy = Exportable(nn.Linear(4096, 4096).eval(), [inputs], "out")
-    package = COMPILERS["aotinductor"](heavy, SPEC, tmp_path / "heavy", "cpu", print).files[0]
+    package = compile_network(heavy, SPEC, tmp_path / "heavy", "cpu", print)[0]
     arguments = (package, heavy.signature(BATCH), inputs)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         held, out = pool.submit(_memory_of_loading, *arguments).result()
@@ -163,7 +163,7 @@ def test_without_a_compiler_it_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setenv("CXX", "g++-of-nobody")
     with pytest.raises(UserError, match=r"aotinductor: CPU: .*g\+\+-of-nobody is not on the PATH"):
-        COMPILERS["aotinductor"](small, SPEC, tmp_path / "small", "cpu", print)
+        compile_network(small, SPEC, tmp_path / "small", "cpu", print)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -175,6 +175,6 @@ class Branching(nn.Module):
 def test_what_cannot_be_compiled_gets_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     network = Exportable(Branching().eval(), [{"images": torch.ones(4, 3)}], "out")
     with pytest.raises(UserError, match=r"small: AOTInductor could not compile it: .+") as raised:
-        COMPILERS["aotinductor"](network, SPEC, tmp_path / "small", "cpu", print)
+        compile_network(network, SPEC, tmp_path / "small", "cpu", print)
     assert len(str(raised.value).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper
 
 from ubgen import runtime
 from ubgen.core.errors import UserError
-from ubgen.core.stage import content_hash, stage_directory
+from ubgen.core.stage import Stage, content_hash
 from ubgen.runtime import Dim, Signature, TensorSpec
 from ubgen.runtime.backends import backend
-from ubgen.runtime.key import json_hash, key_parts
+from ubgen.runtime.engine import json_hash, key_parts
 
 SPEC = {"device": "cpu"}
 
@@ -41,7 +41,9 @@ def write_engine(out: Path) -> Path:
     signature = Signature(
         (TensorSpec("pixels", torch.uint8, (rows, 3)),), (TensorSpec("doubled", torch.float32, (rows, 3)),)
     )
-    with stage_directory(out, "export", {"spec": SPEC}) as stage:
+    stage = Stage(out, "export", {}, {"spec": SPEC})
+    with stage.hold():
+        stage.begin()
         write_doubling_graph(out / "double.onnx")
         (out / "extra.txt").write_text("x", encoding="utf-8")
         parts = key_parts({"clip": "sha256:0"}, None, SPEC, {"onnxruntime"}, "cpu")
@@ -100,7 +102,9 @@ def test_unfinished_directory(engine: Path) -> None:
 
 
 def test_directory_of_another_stage(tmp_path: Path) -> None:
-    with stage_directory(tmp_path / "train", "train", {}) as stage:
+    stage = Stage(tmp_path / "train", "train", {})
+    with stage.hold():
+        stage.begin()
         stage.finish({})
     with pytest.raises(UserError, match="expected a ubgen export directory"):
         runtime.load(tmp_path / "train")
@@ -131,20 +135,20 @@ def test_a_file_that_is_no_graph(engine: Path) -> None:
     [
         (
             lambda m: m["engine"]["parts"]["compilers"].update(onnxruntime="1.0"),
-            "compilers onnxruntime is 1.0 there",
+            r"compilers\.onnxruntime was '1\.0', now",
         ),
         (
             lambda m: m["engine"]["parts"].update(architecture="cuda-sm_90"),
-            "architecture is cuda-sm_90 there and cpu-",
+            "architecture was 'cuda-sm_90', now 'cpu-",
         ),
-        (lambda m: m["config"]["spec"].update(device="other"), "spec is sha256:"),
-        (lambda m: m["engine"]["parts"].update(format=0), "format is 0 there"),
-        (lambda m: m["engine"]["parts"].update(compilers={"gone": "1"}), "compiler 'gone' is not known here"),
+        (lambda m: m["config"]["spec"].update(device="other"), "spec was sha256:"),
+        (lambda m: m["engine"]["parts"].update(format=0), "format was 0, now"),
+        (lambda m: m["engine"]["parts"].update(compilers={"gone": "1"}), "unknown compiler 'gone'"),
         (
             lambda m: m["engine"]["parts"].update(compilers={"tensorrt": "10.0.0"}),
-            "compiler 'tensorrt' is not installed|compilers tensorrt is 10.0.0 there",
+            "compiler 'tensorrt' is not installed|compilers.tensorrt was '10.0.0'",
         ),
-        (lambda m: m.pop("engine"), "not that of an engine"),
+        (lambda m: m.pop("engine"), "does not describe an engine"),
     ],
 )
 def test_the_part_that_differs_is_named(engine: Path, change: Any, message: str) -> None:
@@ -161,7 +165,7 @@ def test_parts_that_do_not_give_the_key(engine: Path) -> None:
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "CPU", "", "mps", "meta"])
 def test_what_is_no_device_is_named(engine: Path, device: str) -> None:
-    wanted = f"device {device!r} is not known here; use cpu, cuda, or cuda:N"
+    wanted = f"unknown device {device!r}; use cpu, cuda, or cuda:N"
     with pytest.raises(UserError, match=re.escape(wanted)):
         runtime.load(engine, device=device)
     with pytest.raises(UserError, match=re.escape(wanted)):
@@ -171,7 +175,9 @@ def test_what_is_no_device_is_named(engine: Path, device: str) -> None:
 def test_a_gpu_beyond_the_last_is_named(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="device 'cuda:2' is not there; the last of this machine is cuda:1"):
+    with pytest.raises(
+        UserError, match="device 'cuda:2' does not exist; the last GPU of this machine is cuda:1"
+    ):
         runtime.load(engine, device="cuda:2")
 
 

@@ -1,56 +1,60 @@
 """The compilers, one module each: a network in its precision -> the files that the runtime opens."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+
+import torch
 
 from ubgen.core.errors import UserError
-from ubgen.export.networks import Exportable
+from ubgen.export.exportable import Exportable, Say
 from ubgen.export.spec import NetworkSpec
 from ubgen.runtime.backends import backend
 
-Say = Callable[[str], None]
+
+def compile_network(
+    network: Exportable,
+    spec: NetworkSpec,
+    path: Path,
+    device: str,
+    say: Say,
+    base: Path | None = None,
+) -> list[Path]:
+    """Compile `network`, in its precision, with the compiler of `spec`, to `path` and the compiler's suffix.
+
+    Returns the files, the one to open first. The network lies on the device, or for a compiler that reads ONNX on the
+    CPU. `base` is a file compiled from the same graph with other weights, which a compiler with the option refit
+    starts from.
+    UserError when it cannot be compiled. What is made on the way is removed.
+    """
+    compiler = backend(spec.compiler)
+    if not (probe := compiler.probe(device)).available:
+        raise UserError(f"{probe.name}: {probe.detail}")
+    start = {"base": base} if base is not None and spec.options.refit else {}
+    module = import_module(
+        f"{__name__}.{compiler.compiler}"
+    )  # each takes a second, or is not installed everywhere
+    return module.compile_network(
+        network, spec, path.with_name(path.name + compiler.suffix), device, say, **start
+    )
 
 
-class Compiled(NamedTuple):
-    """`files`: the first is the one that the runtime opens."""
+@contextmanager
+def one_line(name: str, compiler: str) -> Iterator[None]:
+    """What goes wrong inside a compiler, of any kind and often pages long, as a UserError; the cause stays attached.
 
-    files: list[Path]
-
-
-Compile = Callable[..., Compiled]
-"""(network in its precision, spec, directory/name without suffix, device, say, base=None) -> files.
-
-The network lies on the device, or for the compilers in `FROM_ONNX` on the CPU. `base` is a file compiled from the same
-graph with other weights, for a compiler that can start from it (option refit).
-UserError when it can't be compiled. What is made on the way is removed.
-"""
-
-
-def _lazily(module: str) -> Compile:
-    """`compile_network` of the module, which imports its compiler: each takes a second or is not everywhere."""
-
-    def compile_network(
-        network: Exportable,
-        spec: NetworkSpec,
-        path: Path,
-        device: str,
-        say: Say,
-        base: Path | None = None,
-    ) -> Compiled:
-        if not (probe := backend(module).probe(device)).available:
-            raise UserError(f"{probe.name}: {probe.detail}")
-        start = {"base": base} if base is not None and spec.options.refit else {}
-        compiler = import_module(f"{__name__}.{module}")
-        return compiler.compile_network(network, spec, path, device, say, **start)
-
-    return compile_network
-
-
-FROM_ONNX = frozenset({"onnxruntime", "tensorrt"})
-"""Compilers that are given an ONNX file. It is written on the CPU: the GPU's memory is theirs."""
-
-COMPILERS: dict[str, Compile] = {
-    name: _lazily(name) for name in ("onnxruntime", "aotinductor", "tensorrt", "torch_tensorrt")
-}
+    The line is that of the error which the others were raised from: it names the operator, they show the graph.
+    """
+    try:
+        yield
+    except (UserError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        lines = str(first).strip().splitlines() or [""]
+        raise UserError(
+            f"{name}: {compiler} could not compile it: {type(first).__name__}: {lines[0]}"
+        ) from error

@@ -9,33 +9,31 @@ from typing import Any
 import torch
 from torch._inductor.utils import fresh_cache
 
-from ubgen.export.compilers import Compiled, Say
-from ubgen.export.compilers.program import export_program, one_line
-from ubgen.export.networks import Exportable
+from ubgen.export.compilers import one_line
+from ubgen.export.exportable import Exportable, Say
 from ubgen.export.spec import NetworkSpec
 from ubgen.runtime.aotinductor import CPU_FEATURES, SIGNATURE, cpu_features
 
 
-def compile_network(network: Exportable, spec: NetworkSpec, path: Path, device: str, say: Say) -> Compiled:
-    """`path`.pt2: for this processor and its instruction sets, or for this kind of GPU."""
+def compile_network(network: Exportable, spec: NetworkSpec, file: Path, device: str, say: Say) -> list[Path]:
+    """Write the package `file`: for this processor and its instruction sets, or for this kind of GPU."""
     metadata = {
         SIGNATURE: json.dumps(network.signature(spec.batch).to_dict()),
         CPU_FEATURES: cpu_features(),
     }
-    package = path.with_name(f"{path.name}.pt2")
     with (
-        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch,
-        one_line(path.name, "AOTInductor"),
+        tempfile.TemporaryDirectory(prefix=f".{file.stem}.", dir=file.parent) as scratch,
+        one_line(file.stem, "AOTInductor"),
         fresh_cache(dir=scratch),  # Inductor's own would keep a copy of the weights for good
     ):
-        written = Path(scratch, package.name)
+        written = Path(scratch, file.name)
         torch._inductor.aoti_compile_and_package(
-            export_program(network, spec),
+            network.program(spec.batch),
             package_path=str(written),
             inductor_configs={**settings(spec), "aot_inductor.metadata": metadata},
         )
-        os.replace(written, package)
-    return Compiled([package])
+        os.replace(written, file)
+    return [file]
 
 
 def settings(spec: NetworkSpec) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from ubgen.core import probes
 from ubgen.core.errors import UserError
-from ubgen.export.networks import Exportable
+from ubgen.export.exportable import Exportable
 
 _ROWS = 32  # of real inputs, spread evenly; the scales are those of the largest values among them
 

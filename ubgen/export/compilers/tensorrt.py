@@ -7,42 +7,39 @@ import tensorrt as trt
 import torch
 
 from ubgen.core.errors import UserError
-from ubgen.core.stage import atomic_write
-from ubgen.export.compilers import Compiled, Say
+from ubgen.core.files import atomic_write, cache_directory
 from ubgen.export.compilers.tensorrt_graph import onnx_graph
-from ubgen.export.networks import Exportable
+from ubgen.export.exportable import Exportable, Say
 from ubgen.export.spec import NetworkSpec
 from ubgen.runtime import Dim, TensorSpec
 from ubgen.runtime.backends import device_architecture
-from ubgen.runtime.cache import cache_directory
 from ubgen.runtime.tensorrt import LOG, open_plan, why
 
 
 def compile_network(
     network: Exportable,
     spec: NetworkSpec,
-    path: Path,
+    file: Path,
     device: str,
     say: Say,
     base: Path | None = None,
-) -> Compiled:
-    """`path`.plan, for this kind of GPU and this version of TensorRT.
+) -> list[Path]:
+    """Write the plan `file`, for this kind of GPU and this version of TensorRT.
 
     `base` is a plan of this very network and spec with other weights, built with the option refit: the weights are
     put into a copy of it, which takes seconds; where that does not work, it is said and the plan is built anew.
     """
     if spec.precision == "float8" and torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError('precision = "float8" needs a GPU of compute capability 8.9 or more')
-    plan = path.with_name(f"{path.name}.plan")
-    with onnx_graph(network, spec, path, trt.__version__) as graph, torch.cuda.device(device):
+    with onnx_graph(network, spec, file.with_suffix(""), trt.__version__) as graph, torch.cuda.device(device):
         if base is not None:
             try:
-                refit(base, graph, plan)
-                return Compiled([plan])
+                refit(base, graph, file)
+                return [file]
             except UserError as error:
                 say(f"{error}; building it anew")
-        build(graph, network.input_specs(spec.batch), spec, device, say, plan)
-    return Compiled([plan])
+        build(graph, network.input_specs(spec.batch), spec, device, say, file)
+    return [file]
 
 
 def build(

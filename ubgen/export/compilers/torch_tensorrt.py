@@ -8,31 +8,28 @@ import torch
 import torch_tensorrt
 from torch_tensorrt.dynamo.conversion import ConverterPriority, dynamo_tensorrt_converter, impl
 
-from ubgen.core.stage import atomic_write
-from ubgen.export.compilers import Compiled, Say
-from ubgen.export.compilers.program import export_program, one_line
-from ubgen.export.networks import Exportable
+from ubgen.core.files import atomic_write, cache_directory
+from ubgen.export.compilers import one_line
+from ubgen.export.exportable import Exportable, Say
 from ubgen.export.spec import NetworkSpec
 from ubgen.runtime import Dim, TensorSpec
-from ubgen.runtime.cache import cache_directory
 
 
-def compile_network(network: Exportable, spec: NetworkSpec, path: Path, device: str, say: Say) -> Compiled:
-    """`path`.plan, its tensors named as the network's are."""
+def compile_network(network: Exportable, spec: NetworkSpec, file: Path, device: str, say: Say) -> list[Path]:
+    """Write the plan `file`, its tensors named as the network's are."""
     inputs = network.input_specs(spec.batch)
     names = {tensor.name: tensor.name for tensor in inputs}
-    with one_line(path.name, "Torch-TensorRT"):
+    with one_line(file.stem, "Torch-TensorRT"):
         serialized = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
-            export_program(network, spec),
+            network.program(spec.batch),
             arg_inputs=(),
             kwarg_inputs={tensor.name: torch_tensorrt.Input(**_input(tensor)) for tensor in inputs},
             kwarg_input_binding_names=names,
             output_binding_names=network.output,
             **_settings(spec, device),
         )
-    plan = path.with_name(f"{path.name}.plan")
-    atomic_write(plan, serialized)
-    return Compiled([plan])
+    atomic_write(file, serialized)
+    return [file]
 
 
 def _settings(spec: NetworkSpec, device: str) -> dict[str, Any]:

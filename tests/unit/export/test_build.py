@@ -1,4 +1,4 @@
-"""The gate with real compilers: what low precision breaks is mended or refused."""
+"""Real compilers: what low precision breaks is compiled again in mixed precision, or refused."""
 
 import shutil
 from collections.abc import Sequence
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ubgen.core.errors import UserError
-from ubgen.export.compilers import COMPILERS
-from ubgen.export.gate import Candidate, pass_gate
-from ubgen.export.networks import Exportable
+from ubgen.export.build import Candidate, compile_within_tolerance
+from ubgen.export.exportable import Exportable
 from ubgen.export.spec import BatchRange, NetworkSpec
 
 SPEC = NetworkSpec(BatchRange(1, 4, 8), tolerance=2e-2, precision="float16")
@@ -57,7 +56,7 @@ def candidate(spec: NetworkSpec, gains: Sequence[float], shift: float = 0.0) -> 
 
 def test_weights_beyond_float16_on_onnx_runtime(tmp_path: Path) -> None:
     said: list[str] = []
-    row, files = pass_gate(candidate(SPEC, [1, 1, 1e6, 1]), tmp_path, said.append)
+    row, files = compile_within_tolerance(candidate(SPEC, [1, 1, 1e6, 1]), tmp_path, said.append)
     assert row.passed
     assert row.error_without is not None
     assert not row.error_without <= SPEC.tolerance
@@ -73,7 +72,7 @@ def test_weights_beyond_float16_on_onnx_runtime(tmp_path: Path) -> None:
 def test_values_beyond_float16_on_aotinductor(tmp_path: Path) -> None:
     """Here all weights fit, and what they compute does not."""
     spec = replace(SPEC, compiler="aotinductor")
-    row, files = pass_gate(candidate(spec, [1, 1e5]), tmp_path, print)
+    row, files = compile_within_tolerance(candidate(spec, [1, 1e5]), tmp_path, print)
     assert row.passed
     assert row.error_without == float("inf") or not row.error_without <= spec.tolerance  # type: ignore[operator]
     assert row.kept_float32 == ("blocks.1.up", "blocks.1.norm")
@@ -82,7 +81,7 @@ def test_values_beyond_float16_on_aotinductor(tmp_path: Path) -> None:
 
 def test_layers_of_the_spec_stay_and_are_reported(tmp_path: Path) -> None:
     spec = replace(SPEC, keep_float32=("blocks.0",))
-    row, _ = pass_gate(candidate(spec, [1e6, 1]), tmp_path, print)
+    row, _ = compile_within_tolerance(candidate(spec, [1e6, 1]), tmp_path, print)
     assert (row.kept_float32, row.error_without) == (("blocks.0",), None)
 
 
@@ -92,7 +91,7 @@ def test_an_engine_that_is_wrong_for_another_reason_is_refused(tmp_path: Path, p
     with pytest.raises(
         UserError, match=r"^net: the engine differs from PyTorch by [\d.e-]+, more than the spec's"
     ):
-        pass_gate(candidate(spec, [1, 1], shift=1.0), tmp_path, print)
+        compile_within_tolerance(candidate(spec, [1, 1], shift=1.0), tmp_path, print)
 
 
 def test_a_network_for_an_onnx_file_takes_no_memory_of_the_gpu(
@@ -102,7 +101,7 @@ def test_a_network_for_an_onnx_file_takes_no_memory_of_the_gpu(
         tensors = [*network.module.parameters(), *network.inputs[0].values()]
         raise UserError(f"all on {' and '.join({tensor.device.type for tensor in tensors})}")
 
-    monkeypatch.setitem(COMPILERS, "tensorrt", compile_network)
+    monkeypatch.setattr("ubgen.export.build.compile_network", compile_network)
     wanted = replace(candidate(SPEC, [1, 1]), spec=replace(SPEC, compiler="tensorrt"), device="cuda")
     with pytest.raises(UserError, match=r"^all on cpu$"):
-        pass_gate(wanted, tmp_path, print)
+        compile_within_tolerance(wanted, tmp_path, print)

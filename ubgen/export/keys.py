@@ -1,4 +1,4 @@
-"""What an engine is made from: the directories of weights, the LoRA, and the content key that follows from them."""
+"""What an engine is made from, the weights and the LoRA, and the content keys that follow from their bytes."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -7,10 +7,10 @@ from typing import Any
 
 from ubgen.core.config import require_directory, to_dict
 from ubgen.core.errors import UserError
-from ubgen.core.stage import MANIFEST, content_hash, library_versions, read_manifest
+from ubgen.core.stage import MANIFEST, Stage, content_hash, library_versions, read_manifest
 from ubgen.diffusion import LORA_FILE
 from ubgen.export.spec import EngineSpec, NetworkSpec
-from ubgen.runtime.key import json_hash, key_parts
+from ubgen.runtime.engine import json_hash, key_parts
 
 FAMILY = {
     "text_encoder": "stable_diffusion",
@@ -32,23 +32,36 @@ _FILES = {
 }
 
 
-def weight_directories(spec: EngineSpec) -> dict[str, Path]:
-    """The directories of all weights. UserError naming the option for one that is not given or not there."""
+def find_inputs(spec: EngineSpec, lora: str | Path | None) -> dict[str, Path]:
+    """The directories of all weights, and the file of the LoRA; UserError naming the option for one that is missing."""
     found = {}
     for name, files in _FILES.items():
         option, path = f"--{name.replace('_', '-')}", getattr(spec.weights, name)
         if path is None:
             raise UserError(f"{option}: this spec names no weights of its own; give their directory")
         found[name] = require_directory(path, option, *files)
-    return found
+    return found if lora is None else {**found, "lora": _lora_file(lora)}
 
 
-def lora_file(path: str | Path) -> Path:
+def _lora_file(path: str | Path) -> Path:
     """The LoRA in the directory `path`; UserError when it has none or belongs to an unfinished training run."""
     directory = require_directory(path, "--lora")
     if (directory / ".lock").exists():  # made by a stage of ours, which may have been stopped
         read_manifest(directory, "train")
     return require_directory(directory, "--lora", LORA_FILE) / LORA_FILE
+
+
+def require_own_directory(out: Path, inputs: Mapping[str, Path]) -> None:
+    """UserError unless `out` is new, empty or an engine's, and apart from all `inputs`; changes nothing.
+
+    An export replaces and removes files, so weights must lie neither in `out` nor around it.
+    """
+    where = out.resolve()
+    for name, path in inputs.items():
+        if path.resolve().is_relative_to(where) or where.is_relative_to(path.resolve()):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"--out: {out} and {option} ({path}) overlap; choose a directory of its own")
+    Stage(out, "export", {}, overwrite=True).look()
 
 
 def engine_parts(

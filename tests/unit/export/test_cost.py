@@ -1,10 +1,12 @@
+"""What a call costs, from the shapes alone."""
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ubgen.diffusion import StableDiffusion, load_stable_diffusion
-from ubgen.export.flops import count_flops
+from ubgen.export.cost import count_flops, peak_activations
 from ubgen.export.networks import ClipImage, ClipText, TextEncoder, UNet, VaeDecoder
 from ubgen.rewards import Clip
 
@@ -98,3 +100,27 @@ def test_every_network_of_an_engine_can_be_counted_and_costs_in_proportion_to_th
     one, three = costs(1), costs(3)
     assert min(one) > 1_000_000
     assert three == [3 * flops for flops in one]
+
+
+class Chain(nn.Module):
+    """Each result is dropped when the next is there; attention's matrix of scores is never whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(4, 1024)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wide(x)
+        x = x + 1
+        x = x * 2
+        q = x[:, None]
+        return nn.functional.scaled_dot_product_attention(q, q, q)[:, 0, :, :4].clone()
+
+
+def test_peak_activations() -> None:
+    chain = Chain().to("meta")
+    peak, output = peak_activations(chain, {"x": torch.empty(8, 2048, 4, device="meta")})
+    wide, narrow = 8 * 2048 * 1024 * 4, 8 * 2048 * 4 * 4
+    assert output.shape == (8, 2048, 4)
+    # attention's input and output, and the first input and the last output that are still there
+    assert peak == 2 * wide + 2 * narrow

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ubgen.core.stage import content_hash
-from ubgen.export.hashes import Hashes
+from ubgen.export.directory import Hashes
 
 LARGE = 17 * 2**20
 

@@ -1,4 +1,4 @@
-"""PyTorch module -> ONNX file."""
+"""PyTorch module -> ONNX file, which ONNX Runtime runs as it is and TensorRT builds from."""
 
 import logging
 import warnings
@@ -9,11 +9,18 @@ from pathlib import Path
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ubgen.export.networks import Exportable
-from ubgen.export.onnx_passes import compute_equal_rows_once, fit_cpu
+from ubgen.export.compilers import one_line
+from ubgen.export.compilers.onnx_passes import compute_equal_rows_once, fit_cpu
+from ubgen.export.exportable import Exportable, Say
 from ubgen.export.spec import NetworkSpec
 
 EMBED_LIMIT = 2**30  # bytes of weights; a protobuf file ends at 2 GiB, larger ones go to a file beside it
+
+
+def compile_network(network: Exportable, spec: NetworkSpec, file: Path, device: str, say: Say) -> list[Path]:
+    """For ONNX Runtime: write the graph `file`, and `file`.data when the weights are large."""
+    with one_line(file.stem, "the ONNX exporter"):
+        return export_onnx(network, spec, file)
 
 
 def export_onnx(network: Exportable, spec: NetworkSpec, path: Path, *, rewrite: bool = True) -> list[Path]:

@@ -1,6 +1,5 @@
 """Where an engine may be written. What lies there already belongs to somebody."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -9,9 +8,9 @@ import pytest
 
 from ubgen.core.config import resolve_path
 from ubgen.core.errors import UserError
-from ubgen.core.stage import stage_directory
+from ubgen.core.stage import Stage
 from ubgen.export import export_engine, load_spec, plan_export
-from ubgen.export.place import MARK, mark, require_place
+from ubgen.export.keys import require_own_directory
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -43,46 +42,49 @@ def test_a_directory_of_somebody_else_stays_as_it_is(tmp_path: Path, there: str,
     file = tmp_path / there
     file.parent.mkdir(exist_ok=True)
     file.write_text("mine")
-    with pytest.raises(UserError, match=rf"--out: .* holds something else \({there.split('/')[0]}\)"):
+    with pytest.raises(
+        UserError, match=rf"is not a directory of ubgen-export \(it holds {there.split('/')[0]}\)"
+    ):
         export_engine(load_spec("miniature"), tmp_path, overwrite=overwrite)
     assert contents(tmp_path) == {there: b"mine"}
 
 
-def test_another_stages_directory_is_no_place(tmp_path: Path) -> None:
-    with stage_directory(tmp_path, "synth", {}) as stage:
-        stage.finish({})
-    with pytest.raises(UserError, match=r"holds something else \(manifest\.json\)"):
-        require_place(tmp_path, {})
+def finished(out: Path, stage: str) -> None:
+    run = Stage(out, stage, {})
+    with run.hold():
+        run.begin()
+        (out / "unet.onnx").touch()
+        run.finish({})
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"stage": "train"}'])
-def test_a_mark_is_ours_or_none(tmp_path: Path, content: str) -> None:
-    (tmp_path / MARK).write_text(content)
-    with pytest.raises(UserError, match=r"holds something else \(export\.json\)"):
-        require_place(tmp_path, {})
+def test_another_stages_directory_is_refused(tmp_path: Path) -> None:
+    finished(tmp_path, "synth")
+    with pytest.raises(UserError, match="is not a directory of ubgen-export"):
+        require_own_directory(tmp_path, {})
 
 
-def test_engines_finished_or_not_and_empty_directories_are_places(tmp_path: Path) -> None:
-    require_place(tmp_path / "new", {})
+def test_engines_finished_or_not_and_empty_directories_are_taken(tmp_path: Path) -> None:
+    require_own_directory(tmp_path / "new", {})
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".lock").touch()
-    require_place(tmp_path / "empty", {})
-    with stage_directory(tmp_path / "finished", "export", {}) as stage:
-        (tmp_path / "finished" / "unet.onnx").touch()
-        stage.finish({})
-    require_place(tmp_path / "finished", {})
-    (tmp_path / "begun").mkdir()
-    mark(tmp_path / "begun", {"spec": {"device": "cpu"}})
-    (tmp_path / "begun" / "unet.onnx").touch()
-    require_place(tmp_path / "begun", {"lora": tmp_path / "train" / "lora.safetensors"})
-    assert json.loads((tmp_path / "begun" / MARK).read_text())["spec"] == {"device": "cpu"}
+    require_own_directory(tmp_path / "empty", {})
+    finished(tmp_path / "engine", "export")
+    require_own_directory(tmp_path / "engine", {})
+    (tmp_path / "engine" / "manifest.json").unlink()
+    require_own_directory(tmp_path / "engine", {"lora": tmp_path / "train" / "lora.safetensors"})
+
+
+def test_an_unfinished_engine_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "export.json").write_text('{"stage": "export"}')
+    with pytest.raises(UserError, match="was begun by an earlier version of ubgen"):
+        require_own_directory(tmp_path, {})
 
 
 def test_a_lora_inside_is_an_input_too(tmp_path: Path) -> None:
     lora = tmp_path / "pytorch_lora_weights.safetensors"
     with pytest.raises(UserError, match=r"and --lora \(.*\) overlap"):
-        require_place(tmp_path, {"lora": lora})
-    require_place(tmp_path / "engine", {"lora": lora})
+        require_own_directory(tmp_path, {"lora": lora})
+    require_own_directory(tmp_path / "engine", {"lora": lora})
 
 
 def test_relative_paths_are_compared_by_where_they_lead(
@@ -90,4 +92,4 @@ def test_relative_paths_are_compared_by_where_they_lead(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="overlap"):
-        require_place(Path(os.curdir), {"clip": tmp_path / "clip"})
+        require_own_directory(Path(os.curdir), {"clip": tmp_path / "clip"})
