@@ -1,14 +1,16 @@
 """ubgen-bench: the speed of what ubgen runs, beside its peers."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.console import Console
 
-from ubgen.benchmark import Table, bench_engine, bench_synth
 from ubgen.core.console import table as drawn
 from ubgen.core.errors import run
+
+if TYPE_CHECKING:
+    from ubgen.benchmark import Table
 
 
 def engine(
@@ -36,6 +38,8 @@ def engine(
         device: Where to run; by default the device that the engine was made for.
         out: Directory for engine.json and engine.md; without it the table is only shown.
     """
+    from ubgen.benchmark import bench_engine
+
     console = Console()
     with console.status("starting") as status:
         result = bench_engine(
@@ -85,6 +89,8 @@ def synth(
         device: Where to run; by default the device that the engine was made for.
         out: Directory for synth.json and synth.md; without it the tables are only shown.
     """
+    from ubgen.benchmark import bench_synth
+
     console = Console()
     with console.status("starting") as status:
         result = bench_synth(
@@ -107,7 +113,7 @@ def synth(
         console.print(f"written to {out}")
 
 
-def show(console: Console, table: Table) -> None:
+def show(console: Console, table: "Table") -> None:
     """The table in the terminal, its note below."""
     console.print(drawn(table.title, table.columns, table.rows, text_columns=table.text_columns))
     console.print(table.note, highlight=False, markup=False)

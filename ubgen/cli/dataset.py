@@ -16,16 +16,11 @@ from ubgen.core.console import Report, facts, progress
 from ubgen.core.errors import UserError, run
 from ubgen.dataset import open_dataset, open_store
 from ubgen.dataset.text import plain, score_titles
-from ubgen.dataset.tools.convert import Format
-from ubgen.dataset.tools.convert import convert as convert_dataset
-from ubgen.dataset.tools.diff import Difference, check_tolerance
-from ubgen.dataset.tools.diff import diff as compare
+from ubgen.dataset.tools import convert as conversion
+from ubgen.dataset.tools import diff as comparison
+from ubgen.dataset.tools import verify as verification
 from ubgen.dataset.tools.pictures import DEFAULT_SHEETS, write_pictures
 from ubgen.dataset.tools.stats import dataset_stats
-from ubgen.dataset.tools.verify import Verified
-from ubgen.dataset.tools.verify import repair as take_damaged_away
-from ubgen.dataset.tools.verify import verify as check
-from ubgen.synth import audit as render_again
 
 _DIFFERENT = 1  # exit status of `verify` for a damaged dataset, and of `diff` for different ones
 
@@ -33,7 +28,7 @@ _DIFFERENT = 1  # exit status of `verify` for a damaged dataset, and of `diff` f
 def convert(
     dataset: tyro.conf.Positional[str],
     out: tyro.conf.Positional[str],
-    to: Format,
+    to: conversion.Format,
     shard_size: int | None = None,
 ) -> None:
     """Write a dataset as image folders, Parquet or new WebDataset shards. Run again, it continues where it stopped.
@@ -45,7 +40,7 @@ def convert(
         shard_size: Images in each part of the output; 1000 if not given.
     """
     with _bar("converting", "images") as report:
-        images, made = convert_dataset(dataset, out, to, shard_size, report)
+        images, made = conversion.convert(dataset, out, to, shard_size, report)
     print(
         f"{images} images in {out}" if made else f"{out} is finished, with {images} images; nothing was done"
     )
@@ -65,13 +60,13 @@ def verify(
         workers: Threads; one for each core if not given.
     """
     with _bar("verifying", "shards") as report:
-        result = check(dataset, decode=decode, workers=workers, progress=report)
+        result = verification.verify(dataset, decode=decode, workers=workers, progress=report)
     console = Console()
     console.print(_verified_table(result))
     for problem in result.problems:
         console.print(plain(problem, 400), style="red", highlight=False, markup=False)
     if result.problems:
-        deleted = take_damaged_away(dataset, result) if repair else []
+        deleted = verification.repair(dataset, result) if repair else []
         _fail(_damage(dataset, result, deleted))
 
 
@@ -109,20 +104,20 @@ def diff(
     share: float | None = None,
     out: Path | None = None,
 ) -> None:
-    """Tell two datasets apart: plan, bytes, samples, labels, prompts, scores and pixels.
+    """Compare two datasets: plan, bytes, samples, labels, prompts, scores and pixels.
 
     Exit status 1 when they differ; with --share, when they differ by more than that allows.
 
     Args:
         a: Directory or URL of a ubgen dataset.
         b: Another one.
-        tolerance_levels: Difference of grey levels, of 255, that counts as near.
-        share: Datasets with the same samples, labels and prompts agree when at least this share of the pixels is near.
+        tolerance_levels: Largest difference of grey levels (of 255) between pixels that count as near.
+        share: Datasets with the same samples, labels and prompts agree if at least this share of the pixels is near.
         out: File for the figures as JSON.
     """
-    check_tolerance(tolerance_levels, share)  # now, not after hours of work
+    comparison.check_tolerance(tolerance_levels, share)  # now, not after hours of work
     with _bar("comparing", "samples") as report:
-        result = compare(a, b, levels=tolerance_levels, progress=report)
+        result = comparison.diff(a, b, levels=tolerance_levels, progress=report)
     agrees = result.agrees(share)
     console = Console()
     console.print(_diff_table(result))
@@ -150,10 +145,12 @@ def audit(
     Args:
         dataset: Directory or URL of a finished ubgen dataset.
         engine: Directory made by ubgen-export; the one that made the dataset if not given.
-        sample: How many images.
-        seed: Which ones.
+        sample: Number of images.
+        seed: Chooses the images.
         device: Where to run the engine; the device that it was made for if not given.
     """
+    from ubgen.synth.audit import audit as render_again  # with torch; the other commands do without
+
     with _bar("rendering again", "samples") as report:
         result = render_again(dataset, engine, sample, seed, device, report)
     rows = {
@@ -182,7 +179,7 @@ def _bar(title: str, unit: str) -> AbstractContextManager[Report]:
     return progress(Console(stderr=True), title, unit, log=False)
 
 
-def _verified_table(result: Verified) -> Table:
+def _verified_table(result: verification.Verified) -> Table:
     counts = result.class_counts
     return facts(
         plain(result.where),
@@ -199,7 +196,7 @@ def _verified_table(result: Verified) -> Table:
     )
 
 
-def _damage(dataset: str, result: Verified, deleted: list[str]) -> str:
+def _damage(dataset: str, result: verification.Verified, deleted: list[str]) -> str:
     shards = result.damaged
     if not shards:
         return f"{dataset}: {result.problems[0]}"
@@ -227,7 +224,7 @@ def _stats_table(dataset: str, result: Mapping[str, Any]) -> Table:
     return facts(plain(dataset), rows)
 
 
-def _diff_table(result: Difference) -> Table:
+def _diff_table(result: comparison.Difference) -> Table:
     psnr = "infinite" if math.isinf(result.psnr) else f"{result.psnr:.2f} dB"
     return facts(
         "differences",

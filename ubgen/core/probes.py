@@ -16,11 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ubgen.core.errors import UserError, install_extra
 from ubgen.core.stage import device_name
-from ubgen.ops import cuda_status, native_status
 
 # without the constraints: ModelOpt asks for older releases of onnx and ONNX Runtime
 _FLOAT8 = "not installed; in an environment of its own: pip install -e '.[tensorrt,float8]'"
@@ -47,6 +44,8 @@ def all_probes() -> list[Probe]:
 
 def torch_cpu() -> Probe:
     """PyTorch on the CPU: always there."""
+    import torch
+
     cpu = device_name() if not torch.cuda.is_available() else "cpu"
     return Probe("torch: CPU", True, f"{torch.__version__}, {torch.get_num_threads()} threads, {cpu}")
 
@@ -58,24 +57,32 @@ def torch_cuda() -> Probe:
 
 def _no_cuda() -> str:
     """Why torch has no CUDA device; empty when it has one."""
+    import torch
+
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     return "" if torch.cuda.is_available() else "no NVIDIA GPU, or its driver is missing or too old"
 
 
 def _cuda_description() -> str:
+    import torch
+
     major, minor = torch.cuda.get_device_capability()
     return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
 
 
 def native_cpu() -> Probe:
     """Our fused operations for CPU tensors."""
+    from ubgen.ops import native_status
+
     available, detail = native_status()
     return Probe("native library: CPU", available, detail if available else f"{detail}; PyTorch runs instead")
 
 
 def native_cuda() -> Probe:
     """Our fused operations for CUDA tensors."""
+    from ubgen.ops import cuda_status
+
     available, detail = cuda_status()
     if available and _no_cuda():
         return Probe("native library: CUDA", False, f"built, but {_no_cuda()}")
@@ -137,6 +144,8 @@ def aotinductor_cuda() -> Probe:
 
 
 def _aotinductor(label: str, reason: str) -> Probe:
+    import torch
+
     compiler = cxx_compiler()
     reason = reason or ("" if compiler.available else f"engines cannot be built: {compiler.detail}")
     version = f"torch {torch.__version__}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ubgen.core.console import markdown_table
 from ubgen.core.errors import UserError
 from ubgen.core.files import Store, open_store
 from ubgen.dataset.text import escape, plain, score_titles
@@ -99,7 +100,9 @@ def write_card(where: str | Path | Store, facts: CardFacts) -> None:
 
 
 def card_text(facts: CardFacts, class_names: Sequence[str]) -> str:
-    parts = [_metadata(facts), f"# {escape(facts.title)}", _introduction(facts), _table(_provenance(facts))]
+    provenance = [(escape(name), escape(value)) for name, value in _provenance(facts).items()]
+    table = markdown_table(["", ""], provenance, text_columns=2)
+    parts = [_metadata(facts), f"# {escape(facts.title)}", _introduction(facts), table]
     if scores := _scores(facts.stats):
         parts += ["## Scores", scores]
     parts += ["## Classes", _class_list(class_names), "## Reading it", _reading(facts)]
@@ -177,22 +180,15 @@ def _provenance(facts: CardFacts) -> dict[str, object]:
     }
 
 
-def _table(rows: Mapping[str, object]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {escape(k)} | {escape(v)} |" for k, v in rows.items())])
-
-
 def _scores(stats: Mapping[str, Any]) -> str:
     figures = ("mean", "std", "min", "max")
     rows = [
-        f"| {escape(score_titles(name)[1])} | " + " | ".join(f"{stats[name][f]:.4f}" for f in figures) + " |"
+        [escape(score_titles(name)[1]), *(f"{stats[name][figure]:.4f}" for figure in figures)]
         for name in stats.get("scores", ())
         if stats[name]["count"]
     ]
-    header = [
-        "| score | mean | standard deviation | smallest | largest |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    return "\n".join([*header, *rows]) if rows else ""
+    columns = ["score", "mean", "standard deviation", "smallest", "largest"]
+    return markdown_table(columns, rows) if rows else ""
 
 
 def _class_list(names: Sequence[str]) -> str:
