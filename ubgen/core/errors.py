@@ -1,6 +1,9 @@
 """The one exception that is meant for the user, and how every program of ours ends: one clear line, a status."""
 
 import errno
+import io
+import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -46,7 +49,7 @@ def run(main: Callable[[], object], *, resumes: bool = True) -> None:
     this one stopped, and the line says so.
     """
     again = _again() if resumes else ""
-    _one_line_warnings()
+    _prepare_terminal()
     try:
         main()
     except UserError as error:
@@ -61,6 +64,20 @@ def run(main: Callable[[], object], *, resumes: bool = True) -> None:
         if not _is_full_disk(error):
             raise
         _stop(_full_disk("", again), _USER_ERROR)
+
+
+def _prepare_terminal() -> None:
+    """What every command needs of the process: characters that the terminal lacks, warnings, `--out=~/x`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of another encoding than UTF-8, such as cp1252 or ASCII
+    _one_line_warnings()
+    # the shell expands "--out ~/x" only
+    sys.argv[1:] = [re.sub(r"^(--[\w.-]+=)(~[^=]*)$", _expanded, argument) for argument in sys.argv[1:]]
+
+
+def _expanded(option: re.Match[str]) -> str:
+    return option[1] + os.path.expanduser(option[2])
 
 
 def _again() -> str:

@@ -25,6 +25,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+(?:::[A-Za-z][A-Za-z0-9+.-]+)*):/+(.
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _WAITS = (0.5, 1.0, 2.0)  # seconds before each further try
+_OF_A_MOUNT = "lost+found"  # in every fresh file system of Linux
 _UMASK = threading.Lock()
 
 
@@ -206,7 +207,8 @@ class LocalStore(Store):
 
     def entries(self) -> list[str]:
         try:
-            return sorted(name for name in os.listdir(self.local_path) if not name.startswith("."))
+            names = os.listdir(self.local_path)
+            return sorted(name for name in names if not name.startswith(".") and name != _OF_A_MOUNT)
         except (FileNotFoundError, NotADirectoryError):
             return []
 

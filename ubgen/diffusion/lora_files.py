@@ -126,11 +126,8 @@ def _pair(
     down, up, weight = parts["down"], parts["up"], module.weight
     if weight.ndim == 4 and down.ndim == 2:  # a 1x1 convolution, stored as a linear layer
         down, up = down[..., None, None], up[..., None, None]
-    if (
-        (up.shape[0], down.shape[1]) != tuple(weight.shape[:2])
-        or up.shape[1] != down.shape[0]
-        or down.ndim != weight.ndim
-    ):
+    made = (up.shape[0], *down.shape[1:])
+    if made != tuple(weight.shape) or tuple(up.shape[1:]) != (len(down), *[1] * (weight.ndim - 2)):
         shapes = f"down {tuple(down.shape)}, up {tuple(up.shape)}"
         raise UserError(f"{where} does not fit: {shapes} for a weight of {tuple(weight.shape)} in this UNet")
     return LoraPair(down.float(), up.float(), _alpha(layer, len(down), parts, about))

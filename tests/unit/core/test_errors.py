@@ -1,7 +1,9 @@
 """How commands end."""
 
 import errno
+import os
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -125,3 +127,35 @@ def test_success_returns():
     done = []
     run(lambda: done.append(1))
     assert done == [1]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "command"), [("ascii", ["doctor"]), ("cp1252", ["export", "--list-specs"])]
+)
+def test_a_terminal_that_is_not_utf8_gets_its_text_all_the_same(encoding, command):
+    name, *options = command
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "100"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"ubgen.cli.{name}", *options],
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    assert len(done.stdout.decode(encoding)) > 300
+
+
+def test_a_home_directory_after_an_equals_sign_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(
+        "sys.argv", ["ubgen-x", "--out=~/runs", "--networks.clip=~/clip", "--prompt=a ~ b", "--a=~b"]
+    )
+    run(lambda: None)
+    assert sys.argv[1:3] == [f"--out={tmp_path}/runs", f"--networks.clip={tmp_path}/clip"]
+    assert sys.argv[3:] == ["--prompt=a ~ b", "--a=~b"]
+
+
+def test_our_warnings_are_one_line():
+    program = "from ubgen.core.errors import run, warn; run(lambda: warn('the prompt is cut'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == "warning: the prompt is cut\n"

@@ -273,6 +273,14 @@ NAN = {f"unet.{LAYER}.lora.up.weight": torch.full((64, 4), float("nan"))}
             "does not fit",
         ),
         (PAIR | {f"unet.{LAYER}.lora.down.weight": torch.ones(4, 9)}, f"unet.{LAYER}.lora", "does not fit"),
+        (
+            {
+                f"unet.{CONV}.lora.down.weight": torch.ones(2, 32, 1, 1),
+                f"unet.{CONV}.lora.up.weight": torch.ones(32, 2, 1, 1),
+            },
+            f"unet.{CONV}.lora.up.weight",
+            "does not fit",
+        ),
         (PAIR | NAN, f"unet.{LAYER}.lora.up.weight", "holds NaN or infinity"),
     ],
 )
