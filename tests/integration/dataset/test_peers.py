@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,24 +89,51 @@ def test_dali(dataset: Path, extension: str) -> None:
 
 HUGGING_FACE = """
 import json, sys
-from datasets import ClassLabel, Image, load_dataset
-arguments = json.loads(sys.argv[1])
-data = load_dataset(*arguments["args"], **arguments["kwargs"], split="train", cache_dir=sys.argv[2])
-image, label = arguments["image"], arguments["label"]
-assert isinstance(data.features[image], Image), data.features
-names = data.features[label].names if isinstance(data.features[label], ClassLabel) else None
 import numpy as np
-means = [round(float(np.asarray(row[image].convert("RGB")).mean())) for row in data]
-print(json.dumps({"means": means, "labels": list(data[label]), "names": names}))
+from datasets import ClassLabel, Image, load_dataset
+
+def read(form, image, label, args, kwargs):
+    data = load_dataset(*args, **kwargs, split="train", cache_dir=f"{sys.argv[2]}/{form}")
+    assert isinstance(data.features[image], Image), data.features
+    names = data.features[label].names if isinstance(data.features[label], ClassLabel) else None
+    means = [round(float(np.asarray(row[image].convert("RGB")).mean())) for row in data]
+    return {"means": means, "labels": list(data[label]), "names": names}
+
+print(json.dumps({request["form"]: read(**request) for request in json.loads(sys.argv[1])}))
 """
 
 
-def hugging_face(cache: Path, image: str, label: str, *args: str, **kwargs: str) -> dict[str, Any]:
+@pytest.fixture(scope="session")
+def read_by_hugging_face(
+    datasets_by_extension: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
+    """What load_dataset makes of each form, by its name; once for each kind of image."""
+
+    @cache
+    def read(extension: str) -> dict[str, Any]:
+        dataset, place = datasets_by_extension(extension), tmp_path_factory.mktemp("hugging-face")
+        for form in ("parquet", "folder"):
+            convert(dataset, place / form, form, 10)
+        return hugging_face(
+            place,
+            request("shards", extension, "cls", "webdataset", data_files=str(dataset / "shard-*.tar")),
+            request("card", extension, "cls", str(dataset)),
+            request("parquet", "image", "label", str(place / "parquet")),
+            request("folder", "image", "label", str(place / "folder")),
+        )
+
+    return read
+
+
+def request(form: str, image: str, label: str, *args: str, **kwargs: str) -> dict[str, Any]:
+    return {"form": form, "image": image, "label": label, "args": args, "kwargs": kwargs}
+
+
+def hugging_face(place: Path, *requests: dict[str, Any]) -> dict[str, Any]:
     """load_dataset in a process of its own: it reads where it may look for data when it is imported."""
-    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache / "home")}
-    arguments = json.dumps({"args": args, "kwargs": kwargs, "image": image, "label": label})
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "home")}
     done = subprocess.run(
-        [sys.executable, "-c", HUGGING_FACE, arguments, str(cache)],
+        [sys.executable, "-c", HUGGING_FACE, json.dumps(requests), str(place / "cache")],
         capture_output=True,
         text=True,
         env={**os.environ, **offline},
@@ -114,32 +143,16 @@ def hugging_face(cache: Path, image: str, label: str, *args: str, **kwargs: str)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check_means(read: dict[str, Any]) -> None:
+@pytest.mark.parametrize("form", ["shards", "card", "parquet", "folder"])
+def test_hugging_face(
+    read_by_hugging_face: Callable[[str], dict[str, Any]], extension: str, form: str
+) -> None:
+    """Only sample 20 has a flag, which those that it looks at to find the columns of the shards do not have."""
+    read = read_by_hugging_face(extension)[form]
     pairs = sorted(zip(read["labels"], read["means"], strict=True))
     assert pairs == sorted((position % 4, 60 * (position % 4) + position) for position in range(24))
-
-
-def test_hugging_face_reads_the_shards(dataset: Path, extension: str, tmp_path: Path) -> None:
-    """Only sample 20 has a flag, which those that it looks at to find the columns do not have."""
-    check_means(
-        hugging_face(tmp_path, extension, "cls", "webdataset", data_files=str(dataset / "shard-*.tar"))
-    )
-
-
-def test_hugging_face_follows_the_card(dataset: Path, extension: str, tmp_path: Path) -> None:
-    check_means(hugging_face(tmp_path, extension, "cls", str(dataset)))
-
-
-def test_hugging_face_reads_parquet(dataset: Path, tmp_path: Path) -> None:
-    convert(dataset, tmp_path / "out", "parquet", 10)
-    read = hugging_face(tmp_path / "cache", "image", "label", str(tmp_path / "out"))
-    check_means(read)
-    assert read["names"] == ["tench, Tinca tinca", "crane (n02012849)", "crane (n03126707)", "../a/b <b>"]
-
-
-def test_hugging_face_reads_the_folder(dataset: Path, tmp_path: Path) -> None:
-    convert(dataset, tmp_path / "out", "folder", 10)
-    check_means(hugging_face(tmp_path / "cache", "image", "label", str(tmp_path / "out")))
+    if form == "parquet":
+        assert read["names"] == ["tench, Tinca tinca", "crane (n02012849)", "crane (n03126707)", "../a/b <b>"]
 
 
 def test_mlcroissant(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
