@@ -2,8 +2,8 @@
 
 A local directory is locked by the kernel (flock on `.lock`, also over NFS): the lock ends with its process. In object
 storage the lock is an object `.lock-1` that names its holder and is rewritten every few seconds. When the holder's
-process is gone from this machine, or the object has grown old by the server's clock, the next run creates `.lock-2`:
-stores create an object on condition that it is not there, so that of many one succeeds.
+process is gone from this machine, or the object has grown old by the server's clock, the next run creates `.lock-2`.
+Object stores can create an object on the condition that it does not exist, so that only one of several runs succeeds.
 """
 
 import fcntl

@@ -3,9 +3,9 @@
 A sample is three members with one key: `KEY.jpg` (or .png), `KEY.cls` (the class index as text) and `KEY.json`.
 Keys are digits made from the sample's place in the dataset, never from a class name, so that no name can do harm.
 
-The sidecar is one JSON object whose head says enough to tell a whole shard, so that thousands are looked through
-quickly: shard, count, bytes (of the tar), sha256 (of the tar), extension (of the images), rest (bytes of the sidecar
-from `"samples"` to its end), then samples and rejected.
+The sidecar is one JSON object. Its head alone shows whether a shard is whole, so that thousands are checked quickly:
+shard, count, bytes (of the tar), sha256 (of the tar), extension (of the images), rest (bytes of the sidecar from
+`"samples"` to its end). Then come samples and rejected.
 
 Tar members are USTAR (IEEE Std 1003.1, pax), as `tarfile` writes them but quicker: only name, size and checksum differ
 between headers. The index is what DALI's `wds2idx` writes, for `fn.readers.webdataset`.
@@ -195,7 +195,7 @@ class ShardWriter:
         scores: Mapping[str, float] | None = None,
         flag: str | None = None,
     ) -> None:
-        """Add a sample. `position` is its number in the dataset, larger than that of the sample before.
+        """Add a sample. `position` is its number in the dataset, larger than the position of the sample before.
 
         `image` may be encoded already; its bytes are then taken as they are. `meta` goes to KEY.json, where
         `class_index`, `scores` and `flag` are added; these go to the sidecar too. A score that is not finite is

@@ -80,3 +80,8 @@ def extension(request: pytest.FixtureRequest) -> str:
 def dataset(datasets_by_extension: Callable[[str], Path], extension: str) -> Path:
     """Not to be changed: all tests share it."""
     return datasets_by_extension(extension)
+
+
+@pytest.fixture
+def jpegs(datasets_by_extension: Callable[[str], Path]) -> Path:
+    return datasets_by_extension("jpg")

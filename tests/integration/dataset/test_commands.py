@@ -31,11 +31,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
-@pytest.fixture
-def jpegs(datasets_by_extension: Callable[[str], Path]) -> Path:
-    return datasets_by_extension("jpg")
-
-
 def test_verify_repair(jpegs: Path, tmp_path: Path, run: Run) -> None:
     status, out, error = run("verify", jpegs)
     assert (status, error.strip()) == (0, "")

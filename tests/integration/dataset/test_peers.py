@@ -38,53 +38,66 @@ def test_webdataset(dataset: Path, extension: str) -> None:
     assert rows[20][2]["flag"] == "quality"
 
 
-def test_torchvision_image_folder(dataset: Path, tmp_path: Path) -> None:
+def test_torchvision_image_folder(jpegs: Path, tmp_path: Path) -> None:
     from torchvision.datasets import ImageFolder
 
-    convert(dataset, tmp_path / "out", "folder", 10)
+    convert(jpegs, tmp_path / "out", "folder", 10)
     folder = ImageFolder(tmp_path / "out")
     assert folder.classes == ["n01440764", "n02012849", "n03126707", "n09999999"]
     check([image for image, _ in folder], [label for _, label in folder])
 
 
-def test_timm_folder(dataset: Path, tmp_path: Path) -> None:
+def test_timm_folder(jpegs: Path, tmp_path: Path) -> None:
     from timm.data import create_dataset
 
-    convert(dataset, tmp_path / "out", "folder", 10)
+    convert(jpegs, tmp_path / "out", "folder", 10)
     samples = [(image, label) for image, label in create_dataset("", str(tmp_path / "out"))]
     check([image for image, _ in samples], [label for _, label in samples])
 
 
-def test_timm_webdataset(dataset: Path) -> None:
+def test_timm_webdataset(jpegs: Path) -> None:
     from timm.data import create_dataset
 
-    samples = list(create_dataset("wds/", str(dataset), split=f"{SHARDS}|24"))
+    samples = list(create_dataset("wds/", str(jpegs), split=f"{SHARDS}|24"))
     check([image for image, _ in samples], [label for _, label in samples])
 
 
-def test_dali(dataset: Path, extension: str) -> None:
-    """On the CPU, with our index files."""
+def read_with_dali(dataset: Path, extension: str, **options: int) -> tuple[list[Any], list[int]]:
+    """Images and labels that DALI's reader yields on the CPU, with our index files."""
     dali = pytest.importorskip("nvidia.dali")
     from nvidia.dali import fn
 
-    @dali.pipeline_def(batch_size=24, num_threads=1, device_id=None)
+    @dali.pipeline_def(batch_size=12, num_threads=1, device_id=None)
     def pipeline() -> Any:
         encoded, label = fn.readers.webdataset(
             paths=[str(dataset / f"shard-{i:06d}.tar") for i in range(3)],
             index_paths=[str(dataset / f"shard-{i:06d}.idx") for i in range(3)],
             ext=[extension, "cls"],
             missing_component_behavior="error",
+            name="reader",
+            **options,
         )
         return fn.decoders.image(encoded), label
 
     pipe = pipeline()
     pipe.build()
-    images, labels = pipe.run()
-    assert sum(pipe.epoch_size().values()) == 24
-    check(
-        [Image.fromarray(np.asarray(images.at(i))) for i in range(24)],
-        [int(bytes(np.asarray(labels.at(i)))) for i in range(24)],
-    )
+    images, labels = [], []
+    for _ in range(pipe.reader_meta("reader")["epoch_size"] // 12 // options.get("num_shards", 1)):
+        encoded, texts = pipe.run()
+        images += [Image.fromarray(np.asarray(encoded.at(i))) for i in range(12)]
+        labels += [int(bytes(np.asarray(texts.at(i)))) for i in range(12)]
+    return images, labels
+
+
+def test_dali(dataset: Path, extension: str) -> None:
+    check(*read_with_dali(dataset, extension))
+
+
+def test_dali_starts_in_the_middle(jpegs: Path) -> None:
+    """The index lets the second of two readers skip the samples of the first."""
+    images, labels = read_with_dali(jpegs, "jpg", num_shards=2, shard_id=1)
+    assert labels == LABELS[12:]
+    assert brightness(images[0]) == 60 * LABELS[12] + 12
 
 
 HUGGING_FACE = """
@@ -172,8 +185,8 @@ def test_mlcroissant(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert classes[1]["classes/name"] == b"crane"
 
 
-def test_hugging_face_card(dataset: Path) -> None:
+def test_hugging_face_card(jpegs: Path) -> None:
     from huggingface_hub import DatasetCard
 
-    card = DatasetCard.load(dataset / "README.md")
+    card = DatasetCard.load(jpegs / "README.md")
     assert (card.data.license, card.data.pretty_name) == ("mit", "miniature")

@@ -69,7 +69,7 @@ class Source:
             found += 1
         if found != stop:
             raise UserError(
-                f"{where} has {found} samples where there were {stop}; ubgen-dataset verify says more"
+                f"{where} has {found} samples, not {stop}; ubgen-dataset verify shows what is wrong"
             )
 
 

@@ -31,12 +31,13 @@ class Difference:
     """Of datasets A and B, over the samples that both have.
 
     `same_bytes`: every tar has the same checksum. `plan`: names of what differs in run.json. `only_a`, `only_b`:
-    samples that the other has not. `labels`, `prompts`, `flags`: samples where these differ; `scores`: largest
-    difference of each score. `images`: images whose stored bytes differ, `sizes` of them in width or height.
+    number of samples that are missing in the other. `labels`, `prompts`, `flags`: samples where these differ.
+    `scores`: largest difference of each score. `images`: images whose stored bytes differ; `sizes` of them differ in
+    width or height.
 
-    Of the pixels of the shards that differ, `within` of `pixels` differ by at most `levels` grey levels in every
-    channel, in the worst image a part of `lowest_share`; `largest` is the largest difference of a channel, `squares`
-    the sum of the squares.
+    Pixels are compared in the shards that differ: `within` of `pixels` differ by at most `levels` grey levels in every
+    channel. `lowest_share` is that share in the worst image, `largest` the largest difference of a channel, `squares`
+    the sum of the squared differences.
     """
 
     levels: int
@@ -240,7 +241,7 @@ def _add(result: Difference, left: _Stored, right: _Stored, pixels: _Pixels) -> 
 
 
 def _gap(a: float | None, b: float | None) -> float:
-    """Infinite where one has a score and the other has not."""
+    """Infinite where only one has a score."""
     if a is None or b is None:
         return 0.0 if a is b else math.inf
     return abs(a - b)
