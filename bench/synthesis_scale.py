@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ubgen.core.stage import read_manifest
 from ubgen.dataset import encode_image
-from ubgen.synth import SynthConfig, Watch, synthesise
+from ubgen.synth import SynthConfig, synthesise
 from ubgen.synth.generator import Scored
 from ubgen.synth.plan import Item
 
@@ -73,12 +73,12 @@ def run(out: str, engine: str, samples: int) -> dict[str, Any]:
     start = time.perf_counter()
     first: list[float] = []
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int, note: str = "") -> None:
         if len(first) < 2:
             first.append(time.perf_counter() - start)  # once when the plan is known, once at the first batch
 
     config = SynthConfig(Path(engine), "imagenet1k", samples // CLASSES, out, shard_size=SHARD)
-    result = synthesise(config, Watch(progress), chain=lambda *_: Nothing())
+    result = synthesise(config, progress, open_source=lambda *_: Nothing())
     seconds = time.perf_counter() - start
     speed = read_manifest(out, "synth")["speed"]
     return {

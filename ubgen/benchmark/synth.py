@@ -24,8 +24,7 @@ from ubgen.core.stage import atomic_write, read_manifest
 from ubgen.runtime import Signature, load
 from ubgen.runtime.backends import parse_device
 from ubgen.synth import SynthConfig, synthesise
-from ubgen.synth.executors.job import open_engine
-from ubgen.synth.generator import Generator
+from ubgen.synth.generator import Generator, open_engine
 from ubgen.synth.plan import Item, Plan
 
 SIDES = ("bare", "diffusers")
@@ -236,7 +235,7 @@ class _Work:
         """Images a second, from the first noise to the last byte on the disk."""
         self._runs += 1
         config = replace(self._config, out=str(self._scratch / f"run-{self._runs}"))
-        synthesise(config, chain=lambda *_: self.generator)
+        synthesise(config, open_source=lambda *_: self.generator)
         speed = read_manifest(Path(config.out), "synth")["speed"]
         for name, seconds in speed["busy_seconds"].items():
             result.busy[name] = result.busy.get(name, 0.0) + seconds

@@ -3,22 +3,27 @@
 import tyro
 from rich.console import Console
 
+from ubgen.core.console import progress
 from ubgen.core.errors import run
 from ubgen.synth import SynthConfig, Synthesised, synthesise
-from ubgen.synth.progress import shares_text, watching
+from ubgen.synth.synthesise import shares_text
 
 
 def synth(config: SynthConfig) -> None:
     """Synthesise a dataset: N images of every class, each with its class, identity and scores."""
     console = Console()
-    with watching(console) as watch:
-        result = synthesise(config, watch)
+    with progress(console, "synthesis", "images") as report:
+        result = synthesise(
+            config, report, lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False)
+        )
     for line in _report(result):
         console.print(line, soft_wrap=True, markup=False)
 
 
 def _report(result: Synthesised) -> list[str]:
     speed = f"{result.made} made now, {result.images_per_second:.2f}/s"
+    if result.found:
+        speed = f"finished already, made at {result.images_per_second:.2f}/s"
     lines = [f"time went to: {shares_text(result.bottlenecks, 6)}"] if result.made else []
     if not result.complete:
         return [

@@ -297,8 +297,11 @@ class Stage:
 
     def begin(self) -> None:
         """From here on the directory is this run's, and unfinished; for a stage that has checked all its inputs."""
-        if self.lock.exclusive:
-            self.store.delete_leftovers()
+        if self.shared:
+            if self.look() == "new":  # another that is shared may have begun since
+                self._write_run()
+            return
+        self.store.delete_leftovers()
         there = self.store.size(RUN) is not None
         if not there:
             self._write_run()
@@ -361,6 +364,8 @@ def _read_json(store: Store, name: str) -> dict[str, Any] | None:
 def read_run(directory: str | Path | Store, stage: str) -> dict[str, Any]:
     """The identity of the run of `stage` that `directory` holds, finished or not; UserError if it is of another."""
     run = _read_json(open_store(directory), RUN)
+    if run is not None and stage == "synth" and "engine key" in run:
+        return run  # of a dataset that an earlier version made
     if run is None or run.get("stage") != stage or "identity" not in run:
         raise UserError(f"{directory} has no {RUN} of {_command(stage)}")
     return run["identity"]

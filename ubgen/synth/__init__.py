@@ -2,6 +2,6 @@
 
 from ubgen.synth.audit import Audit, audit
 from ubgen.synth.config import SynthConfig
-from ubgen.synth.synthesise import Synthesised, Watch, synthesise
+from ubgen.synth.synthesise import Synthesised, synthesise
 
-__all__ = ["Audit", "SynthConfig", "Synthesised", "Watch", "audit", "synthesise"]
+__all__ = ["Audit", "SynthConfig", "Synthesised", "audit", "synthesise"]

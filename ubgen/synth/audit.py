@@ -1,7 +1,6 @@
 """Samples of a finished dataset rendered again from their identities, and compared with what is stored."""
 
 import io
-import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,14 +14,13 @@ from PIL import Image
 from ubgen.core.classes import ClassList
 from ubgen.core.config import from_dict
 from ubgen.core.errors import UserError
-from ubgen.core.stage import MANIFEST, read_manifest
+from ubgen.core.stage import MANIFEST, read_manifest, read_run
 from ubgen.dataset import ShardDataset, Store, open_dataset, open_store
 from ubgen.runtime import load
-from ubgen.synth.checks import own_device
 from ubgen.synth.config import SynthConfig, check_device
 from ubgen.synth.encode import encoder
-from ubgen.synth.generator import Generator
-from ubgen.synth.plan import PLAN, Item
+from ubgen.synth.generator import Generator, engine_device
+from ubgen.synth.plan import Item
 
 LEVELS, SHARE = 1, 0.999
 
@@ -68,7 +66,7 @@ def audit(
     manifest = read_manifest(dataset, "synth")
     config = _config(store, manifest)
     path = Path(engine or config.engine)
-    device = device or own_device(read_manifest(path, "export"))
+    device = device or engine_device(read_manifest(path, "export"))
     # with what "auto" stood for: on another device that may be the other encoder
     config = replace(config, engine=path, device=device, encoder=config.resolved_encoder())
     if config.encoder == "nvjpeg" and not device.startswith("cuda"):
@@ -103,14 +101,12 @@ def audit(
 
 def _config(store: Store, manifest: Mapping[str, Any]) -> SynthConfig:
     """The settings of the run that made the dataset."""
-    if store.size(PLAN) is None:
-        raise UserError(f"{store} has no {PLAN}: only what ubgen-synth made can be rendered again")
     given = {name: value for name, value in manifest["config"].items() if value is not None}
     return from_dict(given, SynthConfig, store.address(MANIFEST))
 
 
 def _classes(store: Store, samples: ShardDataset) -> tuple[ClassList, list[str]]:
-    run = json.loads(store.read(PLAN))
+    run = read_run(store, "synth")
     return ClassList(tuple(run["class ids"]), tuple(run["class names"])), list(run["prompts"])
 
 

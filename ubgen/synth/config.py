@@ -124,7 +124,7 @@ class SynthConfig:
         return int(match[1]) - 1, int(match[2])
 
     def resolved_device(self) -> str:
-        """`device`, in which `synthesise` notes the engine's own where none is given; "cpu" without an engine."""
+        """`device`, in which `synthesise` fills in the engine's own where none is given; "cpu" without an engine."""
         return self.device or "cpu"
 
     def resolved_encoder(self) -> Literal["cpu", "nvjpeg"]:

@@ -1,19 +1,23 @@
 """The engine's pipeline on identities: batches of scored images."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ubgen import runtime
 from ubgen.core.classes import ClassList
 from ubgen.core.errors import UserError
+from ubgen.core.stage import read_manifest
 from ubgen.diffusion import initial_noise
-from ubgen.runtime import Dim, EngineSet
-from ubgen.runtime.pipeline import Pipeline
+from ubgen.runtime import Dim, EngineSet, Signature
+from ubgen.runtime.engine import check_engine
+from ubgen.runtime.pipeline import NETWORKS, Pipeline
 from ubgen.synth.config import SynthConfig
-from ubgen.synth.plan import Item
+from ubgen.synth.plan import Item, Plan
 from ubgen.synth.selection import BROKEN, Made
 
 
@@ -36,6 +40,26 @@ class Scored:
             Made(pixels, similarity, quality, None if finite and not constant else BROKEN[finite])
             for pixels, similarity, quality, finite, constant in itertools.islice(rows, count)
         ]
+
+
+class ImageSource(Protocol):
+    """What a worker needs of `Generator`. It is called by `concurrency` threads at a time."""
+
+    batch: int
+    concurrency: int
+
+    @property
+    def device(self) -> torch.device: ...
+    def denoise(self, items: Sequence[Item]) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+    def score(self, items: Sequence[Item], latents: Tensor, pixels: Tensor) -> Scored: ...
+
+
+OpenSource = Callable[[SynthConfig, Plan, str, int], ImageSource]
+"""(settings, plan, device, compute threads) -> the networks, opened in the process that is to run them."""
+
+MOST_BATCHES = 4
+"""Batches at a time on a CPU. Each needs the memory of its own activations."""
 
 
 class Generator:
@@ -115,3 +139,46 @@ def images_at_a_time(config: SynthConfig, rows: Dim) -> int:
             f"--batch {config.batch}: the UNet of this engine takes {rows.min} to {rows.max} images"
         )
     return config.batch
+
+
+def open_engine(config: SynthConfig, plan: Plan, device: str, threads: int) -> Generator:
+    """The networks of `config.engine`.
+
+    With ONNX Runtime on the CPU several batches are made at the same time, each by few threads: cores that work on
+    batches of their own do not wait for each other after every operator (bench/results/synth.md). AOTInductor's
+    packages keep Python's lock while they run.
+    """
+    unet = read_manifest(config.engine, "export")["engine"]["networks"]["unet"]
+    several = device == "cpu" and unet["compiler"] == "onnxruntime"
+    concurrency = min(threads, MOST_BATCHES) if several else 1
+    torch.set_num_threads(max(1, threads // concurrency))  # for what torch does between the networks
+    engines = runtime.load(config.engine, device=device, threads=threads // concurrency)
+    return Generator(engines, plan.classes, config, plan.prompts, concurrency)
+
+
+def engine_device(manifest: Mapping[str, Any]) -> str:
+    """The device that an engine was made for; "cpu" where its manifest does not say, as for stand-ins in tests."""
+    return str(manifest.get("config", {}).get("spec", {}).get("device", "cpu"))
+
+
+def check_fits(config: SynthConfig, manifest: Mapping[str, Any], device: str | None) -> None:
+    """UserError when the engine of `config` cannot do what is asked of it on `device`; None: no device of this machine.
+
+    Nothing has been written yet, so a mistake costs nothing that is there already.
+    """
+    try:
+        networks = manifest["engine"]["networks"]
+        for name in NETWORKS:
+            if name not in networks:
+                raise UserError(f"{config.engine} has no network {name!r}; export it again")
+        images_at_a_time(config, Signature.from_dict(networks["unet"]["signature"]).batch)
+        if device is not None:
+            engine = manifest["engine"]
+            if not config.overwrite:
+                # workers look at every byte of the files when they open them; before something is deleted, we do too
+                engine = {**engine, "networks": {}, "extras": {}}
+            check_engine(config.engine, engine, manifest["config"]["spec"], device)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{config.engine}: its manifest is not that of an engine ({error}); export it again"
+        ) from error

@@ -1,26 +1,14 @@
-"""What a run will make: fixed at its start, kept in run.json, compared when it is continued."""
+"""What a run will make, fixed at its start."""
 
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ubgen.core.classes import ClassList
 from ubgen.core.errors import UserError
-from ubgen.core.stage import MANIFEST
-from ubgen.dataset import Store, finished_shards, shard_files
-from ubgen.synth.accounts import account_files
+from ubgen.dataset import Store, finished_shards
 from ubgen.synth.config import SynthConfig
-
-PLAN = "run.json"
-LEDGER = "rejections.jsonl"
-_OWN_FILES = (
-    *(LEDGER, "classes.json", "README.md", "croissant.json", "samples.csv"),
-    *("contact-sheet.png", "scores.png", "throughput.png"),
-)
-_EXHAUSTED = re.compile(r"exhausted-\d{9,}\.jsonl")
 
 
 @dataclass(frozen=True)
@@ -78,15 +66,6 @@ class Plan:
         return [i for i in range(self.shards) if i not in there or there[i].count != self.shard_length(i)]
 
 
-def exhausted_file(item: Item) -> str:
-    """Ledger of the image that ended a run. Each has its own, as parts of a run may end at the same time."""
-    return f"exhausted-{item.position:09d}.jsonl"
-
-
-def exhausted_files(names: Iterable[str]) -> list[str]:
-    return [name for name in names if _EXHAUSTED.fullmatch(name)]
-
-
 def class_prompts(classes: ClassList, template: str, overrides: Path | None) -> tuple[str, ...]:
     """The prompt of every class, in label order: `template` with {name} replaced, or what `overrides` says.
 
@@ -142,71 +121,3 @@ def identity(config: SynthConfig, plan: Plan, engine_key: str) -> dict[str, Any]
         "--format": config.format,
         "encoder": config.resolved_encoder(),
     }
-
-
-def read_record(store: Store) -> dict[str, Any] | None:
-    """The run.json of the run that `store` holds; None for an empty directory, UserError where it holds something else.
-
-    Files whose names begin with a dot do not count.
-    """
-    others = store.entries()  # before run.json is looked for: parts that begin together write that first
-    if store.size(PLAN) is None:
-        if others:
-            raise UserError(f"{store} holds something else ({others[0]}); choose an empty --out")
-        return None
-    try:
-        record = json.loads(store.read(PLAN))
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or "engine key" not in record:
-        raise UserError(f"{store}: {PLAN} is not that of a ubgen-synth run; choose another --out")
-    return record
-
-
-def start_or_resume(store: Store, this_run: Mapping[str, Any], overwrite: bool, alone: bool = True) -> None:
-    """Write run.json, or check that the run in `store` is this one; `overwrite` takes another one away first.
-
-    So does the absence of shards, unless others may be about to write some (not `alone`): of a run that made nothing
-    there is nothing to keep. UserError naming what differs from the run that `store` holds.
-    """
-    that_run = read_record(store)
-    if that_run is not None and not overwrite:
-        difference = _difference(that_run, this_run)
-        if not difference:
-            return
-        if not alone or shard_files(store.names()):
-            raise UserError(
-                f"{store} holds a run with another {difference}; use the same, choose another --out, or pass "
-                "--overwrite"
-            )
-    if that_run is not None:
-        _clear(store)
-    store.write(PLAN, json.dumps(this_run, indent=1) + "\n")
-
-
-def _clear(store: Store) -> None:
-    """All of a run but run.json, which is replaced: whatever happens meanwhile, the directory is seen to be ours.
-
-    The marks of what is whole go first, so that no half dataset looks like a whole one.
-    """
-    names = set(store.names())
-    shards = sorted(shard_files(names), key=lambda name: not name.endswith(".json"))
-    for name in [MANIFEST, *shards, *account_files(names), *exhausted_files(names), *_OWN_FILES]:
-        if name in names:
-            store.delete(name)
-
-
-def _difference(that: Mapping[str, Any], this: Mapping[str, Any]) -> str | None:
-    for name, value in this.items():
-        if that.get(name) != value:
-            return f"{name} ({_describe(that.get(name), value)})"
-    return None
-
-
-def _describe(that: Any, this: Any) -> str:
-    if not isinstance(that, list) or not isinstance(this, list):
-        return f"{that!r} there, {this!r} now"
-    if len(that) != len(this):
-        return f"{len(that)} there, {len(this)} now"
-    index = next(i for i, pair in enumerate(zip(that, this, strict=True)) if pair[0] != pair[1])
-    return f"class {index} is {that[index]!r} there, {this[index]!r} now"

@@ -109,11 +109,11 @@ class Poisoned(Generator):
 
 
 def test_images_that_are_none_are_rejected_with_their_reason(config: SynthConfig, tmp_path: Path) -> None:
-    def chain(config: SynthConfig, plan: Plan, device: str, threads: int) -> Poisoned:
+    def source(config: SynthConfig, plan: Plan, device: str, threads: int) -> Poisoned:
         return Poisoned(load(config.engine, device=device), plan.classes, config, plan.prompts)
 
     out = tmp_path / "out"
-    synthesise(replace(config, out=str(out)), chain=chain)
+    synthesise(replace(config, out=str(out)), open_source=source)
     ledger = [json.loads(line) for line in (out / "rejections.jsonl").read_text().splitlines()]
     assert [(line["class_index"], line["attempt"], line["reason"]) for line in ledger] == [
         (1, 0, "not finite"),

@@ -151,7 +151,7 @@ def test_a_chain_that_misses_fails(
     shutil.copytree(exported.path, out)
     spec = load_spec(spec_file, **family)
     chain = dataclasses.replace(spec.parity.chain, psnr=101.0)  # more than equal images reach
-    spec = dataclasses.replace(spec, parity=dataclasses.replace(spec.parity, chain=chain))
+    spec = dataclasses.replace(spec, parity=dataclasses.replace(spec.parity, open_source=chain))
     with pytest.raises(UserError, match=r"the engines' images differ from PyTorch's: PSNR .* is below 101"):
         export_engine(spec, out, lora, overwrite=True)
     with pytest.raises(UserError, match="unfinished"):

@@ -113,6 +113,7 @@ def test_a_killed_worker_costs_nothing(config: SynthConfig, wanted: dict[str, by
     assert shards(run.config.out) == wanted
 
 
+@pytest.mark.slow
 def test_a_killed_head_and_a_fresh_one(config: SynthConfig, wanted: dict[str, bytes], tmp_path: Path) -> None:
     run = on_ray(config, tmp_path / "out")
     run.until(lambda: list(Path(run.config.out).glob("shard-*.json")))

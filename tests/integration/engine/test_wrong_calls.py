@@ -107,10 +107,10 @@ def test_a_wrong_directory_is_left_alone(
     (tmp_path / "README.md").write_text("mine", encoding="utf-8")
     for more in ((), ("--overwrite",)):
         called = call(synth_command.main, *right, tmp_path, *more)
-        assert_one_line(called, f"{tmp_path} holds something else (README.md); choose an empty --out")
+        assert_one_line(called, f"--out: {tmp_path} is not a directory of ubgen-synth (it holds README.md)")
     engine = content(Path(config.engine))
     called = call(synth_command.main, *right, config.engine, "--overwrite")
-    assert_one_line(called, f"{config.engine} holds something else")
+    assert_one_line(called, f"--out: {config.engine} is not a directory of ubgen-synth")
     assert content(Path(config.engine)) == engine
     monkeypatch.chdir(tmp_path)
     assert_one_line(call(synth_command.main, *right, ""), "--out must name a directory")
@@ -150,4 +150,4 @@ def test_audits_of_what_is_no_dataset_of_ours(finished: Path, tmp_path: Path, ca
     converted = Path(shutil.copytree(finished, tmp_path / "converted"))
     (converted / "run.json").unlink()
     called = call(dataset_command.main, "audit", converted)
-    assert_one_line(called, f"{converted} has no run.json: only what ubgen-synth made")
+    assert_one_line(called, f"{converted} has no run.json of ubgen-synth")

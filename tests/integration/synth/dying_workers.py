@@ -1,9 +1,10 @@
-"""Worker processes that are killed: `python dying_workers.py ROOT`.
+"""Worker processes that are killed: `python dying_workers.py ROOT [unanswered]`.
 
 One worker is killed after its first shard; two continue, of which one kills itself when it has denoised two batches and
-another takes its place. Then a run one of whose workers kills itself when it has asked for a shard and is not answered
-yet, one all of whose workers kill themselves at once, and one whose parts continue what one worker began. Prints one
-JSON object: what was said, and how the runs ended. ROOT gets `engine`, and a directory for each run.
+another takes its place. Then a run whose parts continue what one worker began, and one all of whose workers kill
+themselves at once. With `unanswered` only a run one of whose workers kills itself when it has asked for a shard and is
+not answered yet. Prints one JSON object: what was said, and how the runs ended. ROOT gets `engine`, and a directory for
+each run.
 """
 
 import json
@@ -21,7 +22,7 @@ import torch
 from killed_runs import FromIdentities, config, no_engine
 
 from ubgen.core.errors import UserError
-from ubgen.synth import SynthConfig, Watch, synthesise
+from ubgen.synth import SynthConfig, synthesise
 from ubgen.synth.generator import Scored
 from ubgen.synth.plan import Item
 
@@ -76,7 +77,7 @@ class Deaf:
 
     heard = False
 
-    def progress(self, done: int, total: int) -> None:
+    def progress(self, done: int, total: int, note: str = "") -> None:
         if done and not self.heard:
             self.heard = True
             workers = {worker.sentinel: worker for worker in multiprocessing.active_children()}
@@ -106,34 +107,34 @@ def begin(settings: SynthConfig) -> None:
     child = os.fork()
     if not child:
         there = Path(settings.out)
-        synthesise(settings, Watch(lambda done, total: any(there.glob("shard-*.json")) and kill_me()), whole)
+        synthesise(settings, lambda *_: any(there.glob("shard-*.json")) and kill_me(), open_source=whole)
         os._exit(1)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
     assert list(Path(settings.out).glob("shard-*.json"))
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    no_engine(ROOT)
-    synthesise(config(ROOT / "undisturbed", ENGINE), chain=whole)
+def unanswered() -> None:
+    said: list[str] = []
+    asking = replace(config(ROOT / "unanswered", ENGINE), workers=2)
+    synthesise(asking, progress=Deaf().progress, say=said.append, open_source=dies_waiting)
+    print(json.dumps({"unanswered": said}))
+
+
+def killed() -> None:
 
     said: list[str] = []
     settings = config(ROOT / "replaced", ENGINE)
     begin(settings)
-    result = synthesise(replace(settings, workers=2), Watch(say=said.append), dies_once)
+    result = synthesise(replace(settings, workers=2), say=said.append, open_source=dies_once)
 
     parts = config(ROOT / "parts", ENGINE)
     begin(parts)
-    ended = [synthesise(replace(parts, executor="static", part=f"{i}/2"), chain=whole) for i in (1, 2)]
-
-    unanswered: list[str] = []
-    asking = replace(config(ROOT / "unanswered", ENGINE), workers=2)
-    synthesise(asking, Watch(progress=Deaf().progress, say=unanswered.append), dies_waiting)
+    ended = [synthesise(replace(parts, executor="static", part=f"{i}/2"), open_source=whole) for i in (1, 2)]
 
     hopeless: list[str] = []
     try:
         dying = replace(config(ROOT / "hopeless", ENGINE), workers=2)
-        synthesise(dying, Watch(say=hopeless.append), dies_at_once)
+        synthesise(dying, say=hopeless.append, open_source=dies_at_once)
     except UserError as error:
         hopeless.append(f"error: {error}")
     complete = [part.complete for part in ended]
@@ -144,7 +145,6 @@ def main() -> None:
                 "made": result.made,
                 "of": result.images,
                 "complete": complete,
-                "unanswered": unanswered,
                 "hopeless": hopeless,
             }
         )
@@ -152,4 +152,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    no_engine(ROOT)
+    synthesise(config(ROOT / "undisturbed", ENGINE), open_source=whole)
+    unanswered() if sys.argv[2:] else killed()

@@ -22,7 +22,7 @@ ROOT = Path(sys.argv[1])
 OUT, SPACE = ROOT / "out", ROOT / "space"
 
 
-def chain(*_: object) -> FromIdentities:
+def source(*_: object) -> FromIdentities:
     """Called in the worker: from now on writing fails there as it does on a network file system, where the full disk
     shows when the file is flushed."""
     flush = os.fsync
@@ -40,7 +40,7 @@ def command(address: str) -> dict[str, object]:
     settings = replace(config(OUT, ROOT / "engine"), executor="ray", workers=2, ray_address=address)
     status: object = 0
     try:
-        run(lambda: synthesise(settings, chain=chain))
+        run(lambda: synthesise(settings, open_source=source))
     except SystemExit as end:
         status = end.code
     return {"status": status, "finished": list(finished_shards(OUT))}

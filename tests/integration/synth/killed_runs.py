@@ -73,7 +73,7 @@ def run_in_child(out: Path, engine: Path) -> int:
         return child
     status = 1
     try:
-        synthesise(config(out, engine), chain=lambda *_: FromIdentities())
+        synthesise(config(out, engine), open_source=lambda *_: FromIdentities())
         status = 0
     finally:
         os._exit(status)

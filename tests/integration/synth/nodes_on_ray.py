@@ -19,7 +19,7 @@ from killed_runs import FromIdentities, config
 from ray.cluster_utils import Cluster
 
 from ubgen.dataset import finished_shards
-from ubgen.synth import Watch, synthesise
+from ubgen.synth import synthesise
 from ubgen.synth.plan import Item
 
 ROOT = Path(sys.argv[1])
@@ -55,7 +55,7 @@ class OnSecondMachine(FromIdentities):
         return super().denoise(items)
 
 
-def chain(*_: object) -> FromIdentities:
+def source(*_: object) -> FromIdentities:
     here = ray.get_runtime_context().get_node_id()
     return OnFirstMachine() if here == FIRST.read_text() else OnSecondMachine()
 
@@ -70,7 +70,7 @@ def run(address: str) -> None:
     """In a process of its own: Ray starts a node in a main thread only."""
     said: list[str] = []
     settings = replace(config(OUT, ROOT / "engine"), per_class=30, shard_size=8)
-    synthesise(replace(settings, executor="ray", ray_address=address), Watch(say=said.append), chain)
+    synthesise(replace(settings, executor="ray", ray_address=address), say=said.append, open_source=source)
     print(json.dumps(said))
 
 

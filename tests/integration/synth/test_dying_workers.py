@@ -20,8 +20,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def told(root: Path) -> dict[str, Any]:
+    return run(root)
+
+
+def run(*arguments: object) -> dict[str, Any]:
     result = subprocess.run(
-        [sys.executable, SCRIPT, root],
+        [sys.executable, SCRIPT, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -36,7 +40,11 @@ def dataset_bytes(out: Path) -> dict[str, bytes]:
     """Shards, ledger and what else does not tell of times."""
     files = (p for p in out.iterdir() if p.is_file())
     names = {p.name: p.read_bytes() for p in files}
-    return {n: data for n, data in names.items() if n not in ("manifest.json", "throughput.png", ".lock")}
+    return {
+        n: data
+        for n, data in names.items()
+        if n not in ("manifest.json", "run.json", "throughput.png", ".lock")
+    }
 
 
 def test_a_killed_worker_is_replaced_and_two_continue_what_one_began(
@@ -48,10 +56,11 @@ def test_a_killed_worker_is_replaced_and_two_continue_what_one_began(
     assert dataset_bytes(root / "replaced") == dataset_bytes(root / "undisturbed")
 
 
-def test_one_that_dies_before_it_is_answered_is_replaced(told: dict[str, Any], root: Path) -> None:
-    (line,) = told["unanswered"]
+@pytest.mark.slow
+def test_one_that_dies_before_it_is_answered_is_replaced(tmp_path: Path) -> None:
+    (line,) = run(tmp_path, "unanswered")["unanswered"]
     assert re.fullmatch(r"worker [12] died \(status -9\); its [1-9] shards are begun again", line)
-    assert dataset_bytes(root / "unanswered") == dataset_bytes(root / "undisturbed")
+    assert dataset_bytes(tmp_path / "unanswered") == dataset_bytes(tmp_path / "undisturbed")
 
 
 def test_parts_continue_what_one_worker_began(told: dict[str, Any], root: Path) -> None:

@@ -66,20 +66,20 @@ def shards(out: Path) -> dict[str, bytes]:
 
 def test_the_shards_are_those_of_the_cpu(settings: Settings, stand_ins: ModuleType, tmp_path: Path) -> None:
     given = {"format": "png", "per_class": 60}
-    synthesise(settings(tmp_path / "cpu", **given), chain=lambda *_: stand_ins.FromIdentities())
-    synthesise(settings(tmp_path / "gpu", device="cuda", **given), chain=lambda *_: on_gpu(stand_ins))
+    synthesise(settings(tmp_path / "cpu", **given), open_source=lambda *_: stand_ins.FromIdentities())
+    synthesise(settings(tmp_path / "gpu", device="cuda", **given), open_source=lambda *_: on_gpu(stand_ins))
     assert len(shards(tmp_path / "cpu")) > 10
     assert shards(tmp_path / "gpu") == shards(tmp_path / "cpu")
 
 
 def test_nvjpeg_writes_the_same_pictures(settings: Settings, stand_ins: ModuleType, tmp_path: Path) -> None:
     """Both encoders at the same quality: neither may be much further from the pixels than the other."""
-    synthesise(settings(tmp_path / "png", format="png"), chain=lambda *_: stand_ins.FromIdentities())
+    synthesise(settings(tmp_path / "png", format="png"), open_source=lambda *_: stand_ins.FromIdentities())
     errors = {}
     for encoder in ("cpu", "nvjpeg"):
         out = tmp_path / encoder
         config = settings(out, format="jpg", encoder=encoder, device="cuda")
-        synthesise(config, chain=lambda *_: on_gpu(stand_ins))
+        synthesise(config, open_source=lambda *_: on_gpu(stand_ins))
         assert verify(out).problems == []
         exact, written = open_dataset(tmp_path / "png"), open_dataset(out)
         files = [written.encoded(i)[0] for i in range(len(written))]
@@ -114,7 +114,7 @@ def test_runs_in_one_process_write_the_same_files_and_pass_the_audit(
 
     configs = [settings(tmp_path / str(i), encoder=name, device="cuda") for i in range(3)]
     for config in configs:
-        synthesise(config, chain=lambda *_: Renders())
+        synthesise(config, open_source=lambda *_: Renders())
     first = shards(tmp_path / "0")
     assert all(shards(Path(config.out)) == first for config in configs)
     module = import_module("ubgen.synth.audit")  # the package's own `audit` is the function

@@ -42,11 +42,12 @@ def shards(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.glob("*shard-*")}
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_one_line_and_it_continues(
     stand_ins: ModuleType, tmp_path: Path
 ) -> None:
     settings = stand_ins.config(tmp_path / "local", stand_ins.no_engine(tmp_path))
-    synthesise(settings, chain=lambda *_: stand_ins.FromIdentities())
+    synthesise(settings, open_source=lambda *_: stand_ins.FromIdentities())
     (full, continued), stderr = told("full_disk_on_ray.py", tmp_path)
     assert full["status"] == 2
     assert "Traceback" not in stderr
@@ -58,11 +59,12 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_continues(
     assert shards(tmp_path / "out") == shards(tmp_path / "local")  # and no temporary files
 
 
+@pytest.mark.slow
 def test_a_machine_joins_and_is_taken_away(stand_ins: ModuleType, tmp_path: Path) -> None:
     settings = replace(
         stand_ins.config(tmp_path / "local", stand_ins.no_engine(tmp_path)), per_class=30, shard_size=8
     )
-    synthesise(settings, chain=lambda *_: stand_ins.FromIdentities())
+    synthesise(settings, open_source=lambda *_: stand_ins.FromIdentities())
     found, _ = told("nodes_on_ray.py", tmp_path)
     alone, finished = found["shards"]
     assert 0 < alone < finished

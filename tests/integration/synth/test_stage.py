@@ -8,26 +8,28 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from ubgen.core.errors import UserError
-from ubgen.core.stage import read_manifest
-from ubgen.dataset import is_marked_synthetic, open_dataset, open_store
+from ubgen.core.stage import read_manifest, read_run
+from ubgen.dataset import ShardWriter, is_marked_synthetic, open_dataset, open_store
 from ubgen.dataset.tools.verify import verify
 from ubgen.synth import SynthConfig, synthesise
-from ubgen.synth.accounts import account_files
 from ubgen.synth.plan import Item
+from ubgen.synth.speed import speed_files
 
 Settings = Callable[..., SynthConfig]
 
 
 def make(config: SynthConfig, stand_ins: ModuleType) -> Any:
-    return synthesise(config, chain=lambda *_: stand_ins.FromIdentities())
+    return synthesise(config, open_source=lambda *_: stand_ins.FromIdentities())
 
 
 def shards(out: object) -> dict[str, bytes]:
@@ -62,15 +64,14 @@ def test_object_storage_gets_the_same_bytes(
             return super().denoise(items)
 
     with pytest.raises(RuntimeError, match="fell off"):
-        synthesise(settings(url), chain=lambda *_: Dies())
+        synthesise(settings(url), open_source=lambda *_: Dies())
     before = {name for name in open_store(url).names() if name.endswith(".json")}
     assert "manifest.json" not in before
     result = make(settings(url), stand_ins)
     assert result.made < 60
     assert shards(url) == shards(undisturbed)
     assert verify(url).problems == []
-    with pytest.raises(UserError, match="already finished"):
-        make(settings(url), stand_ins)
+    assert make(settings(url), stand_ins).found
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
@@ -86,7 +87,7 @@ def test_of_two_runs_on_one_directory_the_second_refuses(
             assert go_on.wait(60)
             return super().denoise(items)
 
-    first = threading.Thread(target=lambda: synthesise(settings(out), chain=lambda *_: Waits()))
+    first = threading.Thread(target=lambda: synthesise(settings(out), open_source=lambda *_: Waits()))
     first.start()
     try:
         assert begun.wait(60)
@@ -154,7 +155,7 @@ def test_broken_networks_end_the_run_with_one_line(
     with pytest.raises(
         UserError, match=r"class \d, image \d+: none of 10 attempts is good enough .* not finite"
     ):
-        synthesise(settings(out), chain=lambda *_: Nan())
+        synthesise(settings(out), open_source=lambda *_: Nan())
     assert not [p for p in out.iterdir() if "shard" in p.name]
 
 
@@ -173,7 +174,7 @@ def test_an_image_that_ends_the_run_leaves_its_draws(
     with pytest.raises(
         UserError, match=r"class 2, image 7: none of 10 .*exhausted-000000037\.jsonl lists its draws"
     ):
-        synthesise(settings(out), chain=lambda *_: Nan())
+        synthesise(settings(out), open_source=lambda *_: Nan())
     assert not (out / "manifest.json").exists()
     (ledger,) = out.glob("exhausted-*")
     lines = [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()]
@@ -215,7 +216,7 @@ def test_the_manifest_tells_of_all_parts(
             raise RuntimeError("the device fell off the bus")
 
     with pytest.raises(RuntimeError, match="fell off"):
-        synthesise(parts[1], chain=lambda *_: Fails())
+        synthesise(parts[1], open_source=lambda *_: Fails())
     made = [make(parts[i], stand_ins) for i in (0, 0, 1)]
     assert [(part.made, part.complete) for part in made] == [(32, False), (0, False), (28, True)]
     manifest = read_manifest(str(out), "synth")
@@ -266,7 +267,7 @@ def test_a_part_waits_for_another_and_takes_over_when_it_dies(
         return stand_ins.FromIdentities()
 
     with ThreadPoolExecutor(1) as pool:
-        part = pool.submit(synthesise, settings(out, executor="static", part="1/1"), chain=networks)
+        part = pool.submit(synthesise, settings(out, executor="static", part="1/1"), open_source=networks)
         try:
             while not part.done() and open_store(out).size("shard-000003.json") is None:
                 time.sleep(0.05)
@@ -290,14 +291,14 @@ def test_an_error_of_the_part_that_finishes_ends_it(
         monkeypatch.undo()
         raise UserError("no pictures")
 
-    monkeypatch.setattr("ubgen.synth.finish.write_pictures", fail_once)
+    monkeypatch.setattr(import_module("ubgen.synth.synthesise"), "write_pictures", fail_once)
     part = settings(tmp_path / "out", executor="static", part="1/1")
     with pytest.raises(UserError, match="no pictures"):
         make(part, stand_ins)
     assert make(part, stand_ins).complete
 
 
-def test_accounts_count_until_the_dataset_is_finished(
+def test_figures_count_until_the_dataset_is_finished(
     settings: Settings, stand_ins: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that ends while it describes the dataset, and one that has nothing left to make; then another dataset."""
@@ -307,17 +308,17 @@ def test_accounts_count_until_the_dataset_is_finished(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as context:
-        context.setattr("ubgen.synth.finish.write_pictures", fail)
+        context.setattr(import_module("ubgen.synth.synthesise"), "write_pictures", fail)
         with pytest.raises(OSError, match="No space"):
             make(settings(out), stand_ins)
-    assert len(account_files(open_store(out).names())) == 1
+    assert len(speed_files(open_store(out).names())) == 1
     assert make(settings(out), stand_ins).made == 0
     speed = read_manifest(out, "synth")["speed"]
     assert (speed["images"], speed["throughput"][-1][1]) == (60, 60)
-    assert account_files(open_store(out).names()) == []
-    (out / f".account-{0:032x}.json").write_bytes(b"")
+    assert speed_files(open_store(out).names()) == []
+    (out / f"speed-{0:032x}.json").write_bytes(b"")
     make(settings(out, per_class=4, overwrite=True), stand_ins)
-    assert account_files(open_store(out).names()) == []
+    assert speed_files(open_store(out).names()) == []
     assert read_manifest(out, "synth")["speed"]["images"] == 20
 
 
@@ -327,5 +328,45 @@ def test_the_manifest_says_what_made_it(settings: Settings, undisturbed: Path) -
     assert manifest["same_bits"] is None  # the engine's manifest does not say
     assert manifest["dataset"] == {"images": 60, "shards": 4, "classes": 5}
     assert manifest["stats"]["class_counts"] == [12] * 5
-    run = json.loads((undisturbed / "run.json").read_text(encoding="utf-8"))
-    assert run["--min-similarity"] == -0.5
+    assert read_run(undisturbed, "synth")["--min-similarity"] == -0.5
+
+
+class Broken(Exception):
+    pass
+
+
+def begin(config: SynthConfig, *, shards: int = 0) -> None:
+    """A run that fails when it has made so many shards; those of one image, as the worker makes seven at a time."""
+
+    def fails(*_: object) -> Any:
+        raise Broken
+
+    with pytest.raises(Broken):
+        synthesise(config, open_source=fails)
+    for number in range(shards):
+        with ShardWriter(config.out, number, config.format) as writer:
+            writer.write(number, np.zeros((8, 8, 3), np.uint8), number, {}, {"quality": 1.0})
+
+
+def test_a_run_that_made_nothing_is_replaced(settings: Settings, tmp_path: Path) -> None:
+    """Unless it is one of several parts, which may be at work on their first shards."""
+    begin(settings(tmp_path))
+    (tmp_path / "exhausted-000000007.jsonl").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="--seed was 0, now 1"):
+        begin(settings(tmp_path, seed=1, executor="static", part="1/2"))
+    assert read_run(tmp_path, "synth")["--seed"] == 0
+    begin(settings(tmp_path, seed=1))
+    assert read_run(tmp_path, "synth")["--seed"] == 1
+    assert not list(tmp_path.glob("exhausted-*"))
+
+
+def test_overwriting_removes_ours_and_nothing_else(settings: Settings, tmp_path: Path) -> None:
+    begin(settings(tmp_path, shard_size=1), shards=2)
+    for name in ("notes.txt", "shard-notes.json", "exhausted-000000007.jsonl"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"an unfinished run .*--seed was 0, now 1"):
+        begin(settings(tmp_path, shard_size=1, seed=1))
+    begin(settings(tmp_path, shard_size=1, seed=1, overwrite=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *(".lock", "classes.json", "notes.txt", "run.json", "shard-notes.json")
+    ]

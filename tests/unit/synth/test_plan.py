@@ -1,4 +1,4 @@
-"""What a run makes, in which order, and when it may be continued."""
+"""What a run makes, in which order, and what makes it another run."""
 
 import dataclasses
 from pathlib import Path
@@ -8,9 +8,10 @@ import pytest
 
 from ubgen.core.classes import ClassList
 from ubgen.core.errors import UserError
+from ubgen.core.stage import first_difference
 from ubgen.dataset import ShardWriter, open_store
 from ubgen.synth.config import SynthConfig
-from ubgen.synth.plan import Plan, class_prompts, exhausted_file, identity, read_record, start_or_resume
+from ubgen.synth.plan import Plan, class_prompts, identity
 
 CLASSES = ClassList(("a", "b", "c"), ("ant", "bee\u202e", "crane/crow"))
 CONFIG = SynthConfig(Path("engine"), "list.txt", per_class=3, out="out", shard_size=4)
@@ -48,88 +49,49 @@ def test_unfinished_shards_are_found(tmp_path: Path) -> None:
     assert smaller.unfinished(store) == [0, 1, 2]
 
 
-def test_the_same_run_continues_whoever_makes_it(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
-    start_or_resume(store, run(), overwrite=False)
-    for other in (
+@pytest.mark.parametrize(
+    "change",
+    [
         {"batch": 2},
         {"workers": 7},
         {"executor": "static", "part": "1/2"},
         {"licence": "x"},
         {"base_model": "x/y"},
-    ):
-        start_or_resume(store, run(dataclasses.replace(CONFIG, **other)), overwrite=False)  # type: ignore[arg-type]
+    ],
+)
+def test_it_is_the_same_run_whoever_makes_it(change: dict[str, object]) -> None:
+    assert run(dataclasses.replace(CONFIG, **change)) == run()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("config", "classes", "key", "message"),
     [
-        ({"seed": 1}, CLASSES, "key", r"another --seed \(0 there, 1 now\)"),
-        ({"steps": 20}, CLASSES, "key", r"another --steps \(50 there, 20 now\)"),
-        ({"guidance": 7.5}, CLASSES, "key", "another --guidance"),
-        ({"per_class": 4}, CLASSES, "key", "another --per-class"),
-        ({"shard_size": 8}, CLASSES, "key", "another --shard-size"),
-        ({"format": "png"}, CLASSES, "key", "another --format"),
-        ({"min_quality": 3.0}, CLASSES, "key", r"another --min-quality \(None there, 3.0 now\)"),
-        ({"min_similarity": 0.2}, CLASSES, "key", "another --min-similarity"),
-        ({"attempts": 3}, CLASSES, "key", "another --attempts"),
-        ({"exhausted": "fail"}, CLASSES, "key", "another --exhausted"),
-        ({"prompt": "a {name}"}, CLASSES, "key", "another prompts .class 0 is 'ant' there, 'a ant' now"),
-        ({}, CLASSES, "other", r"another engine key \('key' there, 'other' now\)"),
-        ({}, ClassList(("a", "b"), ("ant", "bee")), "key", r"another class ids \(3 there, 2 now\)"),
-        ({}, ClassList(CLASSES.ids, ("ant", "bee", "x")), "key", r"another class names \(class 1 is"),
+        ({"seed": 1}, CLASSES, "key", "--seed was 0, now 1"),
+        ({"steps": 20}, CLASSES, "key", "--steps was 50, now 20"),
+        ({"guidance": 7.5}, CLASSES, "key", "--guidance was 2.0, now 7.5"),
+        ({"per_class": 4}, CLASSES, "key", "--per-class was 3, now 4"),
+        ({"shard_size": 8}, CLASSES, "key", "--shard-size was 4, now 8"),
+        ({"format": "png"}, CLASSES, "key", "--format was 'jpg', now 'png'"),
+        ({"min_quality": 3.0}, CLASSES, "key", "--min-quality was absent, now 3.0"),
+        ({"min_similarity": 0.2}, CLASSES, "key", "--min-similarity was absent, now 0.2"),
+        ({"attempts": 3}, CLASSES, "key", "--attempts was 10, now 3"),
+        ({"exhausted": "fail"}, CLASSES, "key", "--exhausted was 'keep', now 'fail'"),
+        ({"prompt": "a {name}"}, CLASSES, "key", "prompts[0] was 'ant', now 'a ant'"),
+        ({}, CLASSES, "other", "engine key was 'key', now 'other'"),
+        ({}, ClassList(("a", "b"), ("ant", "bee")), "key", "class ids had 3 entries, now 2"),
+        (
+            {},
+            ClassList(CLASSES.ids, ("ant", "bee", "x")),
+            "key",
+            r"class names[1] was 'bee\u202e', now 'bee'",
+        ),
     ],
 )
-def test_a_different_run_is_refused_and_named(
-    tmp_path: Path, config: dict[str, object], classes: ClassList, key: str, message: str
+def test_a_different_run_is_named(
+    config: dict[str, object], classes: ClassList, key: str, message: str
 ) -> None:
-    store = open_store(tmp_path)
-    start_or_resume(store, run(), overwrite=False)
-    write_shard(tmp_path, 0)
     other = run(dataclasses.replace(CONFIG, **config), classes, key)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=message):
-        start_or_resume(store, other, overwrite=False)
-
-
-def test_a_run_that_made_nothing_is_replaced(tmp_path: Path) -> None:
-    """Unless it is one of several parts, which may be at work on their first shards."""
-    store = open_store(tmp_path)
-    start_or_resume(store, run(), overwrite=False)
-    store.write(exhausted_file(PLAN.item(7)), "{}\n")
-    other = run(dataclasses.replace(CONFIG, seed=1))
-    with pytest.raises(UserError, match="another --seed"):
-        start_or_resume(store, other, overwrite=False, alone=False)
-    assert read_record(store) == run()
-    start_or_resume(store, other, overwrite=False)
-    assert read_record(store) == other
-    assert store.names() == ["run.json"]
-
-
-def test_overwriting_removes_ours_and_nothing_else(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
-    start_or_resume(store, run(), overwrite=False)
-    write_shard(tmp_path, 0)
-    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    (tmp_path / "shard-notes.json").write_text("mine", encoding="utf-8")
-    (tmp_path / "exhausted-000000007.jsonl").write_text("{}", encoding="utf-8")
-    start_or_resume(store, run(key="other"), overwrite=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "run.json", "shard-notes.json"]
-
-
-@pytest.mark.parametrize("name", ["README.md", "shard-000000.tar", "a-directory/", "manifest.json"])
-def test_what_no_run_of_ours_left_is_refused(tmp_path: Path, name: str) -> None:
-    """Also by overwriting: a directory is ours by its run.json alone."""
-    path = tmp_path / name
-    path.mkdir() if name.endswith("/") else path.write_text("theirs", encoding="utf-8")
-    (tmp_path / ".lock").touch()
-    for overwrite in (False, True):
-        with pytest.raises(UserError, match=rf"holds something else \({path.name}\); choose an empty --out"):
-            start_or_resume(open_store(tmp_path), run(), overwrite)
-    for text in ("{", "[]", '{"wandb": 1}', "\xff"):
-        (tmp_path / "run.json").write_bytes(text.encode("latin-1"))
-        with pytest.raises(UserError, match=r"run\.json is not that of a ubgen-synth run"):
-            start_or_resume(open_store(tmp_path), run(), overwrite=True)
-    assert {p.name for p in tmp_path.iterdir()} == {path.name, ".lock", "run.json"}
+    assert first_difference(run(), other) == message
 
 
 def test_prompts_are_names_templates_or_overrides(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from threading import Thread
 import pytest
 
 from ubgen.core.errors import UserError
-from ubgen.synth.executors import ray_cluster
-from ubgen.synth.executors.ray_cluster import _probe
+from ubgen.synth import ray_cluster
+from ubgen.synth.ray_cluster import _probe
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1", "localhost:99999"])

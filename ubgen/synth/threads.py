@@ -1,4 +1,4 @@
-"""Stages joined by bounded queues, each in a thread of its own, and the account of what every stage waited for."""
+"""Steps that work at the same time, each in threads of its own, joined by bounded queues."""
 
 import queue
 import threading
@@ -8,53 +8,56 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
-_DEPTH = 2  # batches between two stages: one that is worked on, one that is ready
+_DEPTH = 2  # items between two steps: one that is worked on, one that is ready
 _POLL = 0.05
+_TICK = 0.1  # seconds between two looks at which step the others wait for
 _END = object()
 
 
 class Stopped(Exception):
-    """Another stage failed; `Pipeline.close` raises its error."""
+    """Another step failed; leaving the block of `Steps` raises its error."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """`work` turns what the stage before it gave into what the next one takes; None goes no further.
+class Step:
+    """`work` turns what the step before it gave into what the next one takes; None goes no further.
 
-    `lanes` threads do so at the same time, each on another item: what leaves the stage is then in any order. `scope` is
-    entered by each of them around everything.
+    With several `threads` items leave the step in any order. Each thread enters `scope` around everything.
     """
 
     name: str
     work: Callable[[Any], Any]
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
-    lanes: int = 1
+    threads: int = 1
 
 
-class Pipeline:
-    """Runs `stages` one after the other on everything that is `put`, all at the same time on different things.
+class Steps:
+    """Runs `steps` one after the other on everything that is `put`, all at the same time on different items.
 
-    Memory is bounded: no more than two results wait before any stage. Use it as a context manager; an error in a
-    stage stops all of them and is raised by the next `put`, `tick` or the end of the block.
+    Memory is bounded: no more than two results wait before any step. Use it as a context manager; an error in a step
+    stops all of them and is raised at the end of the block.
     """
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
-        self.busy = {stage.name: 0.0 for stage in stages}
-        self._ticks = {stage.name: 0 for stage in stages}
-        self._stages = list(stages)
-        self._queues: list[queue.Queue[Any]] = [queue.Queue(_DEPTH) for _ in stages]
-        self._running = [stage.lanes for stage in stages]
-        self._stop = threading.Event()
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.busy = {step.name: 0.0 for step in steps}
+        """Seconds that each step worked."""
+        self.bottlenecks = {step.name: 0 for step in steps}
+        """How often each step was found to be the one that the others waited for."""
+        self._steps = list(steps)
+        self._queues: list[queue.Queue[Any]] = [queue.Queue(_DEPTH) for _ in steps]
+        self._running = [step.threads for step in steps]
+        self._stop, self._over = threading.Event(), threading.Event()
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._threads = [
-            threading.Thread(target=self._run, args=(i,), name=f"ubgen-{stage.name}", daemon=True)
-            for i, stage in enumerate(stages)
-            for _ in range(stage.lanes)
+            threading.Thread(target=self._run, args=(i,), name=f"ubgen-{step.name}", daemon=True)
+            for i, step in enumerate(steps)
+            for _ in range(step.threads)
         ]
+        self._watch = threading.Thread(target=self._find_bottlenecks, name="ubgen-watch", daemon=True)
 
-    def __enter__(self) -> "Pipeline":
-        for thread in self._threads:
+    def __enter__(self) -> "Steps":
+        for thread in (*self._threads, self._watch):
             thread.start()
         return self
 
@@ -67,41 +70,42 @@ class Pipeline:
         for thread in self._threads:
             while thread.is_alive():  # a join without a limit would not let Ctrl-C through
                 thread.join(_POLL)
+        self._over.set()
+        self._watch.join()
         if self._error is not None and (kind is None or issubclass(kind, Stopped)):
             raise self._error
 
     def put(self, item: Any) -> None:
-        """Hand `item` to the first stage; waits while two others wait there."""
+        """Hand `item` to the first step; waits while two others wait there."""
         self._give(self._queues[0], item)
 
     def charge(self, name: str, seconds: float) -> None:
-        """Add to the busy time of `name`, which need not be a stage."""
+        """Add to the busy time of `name`, which need not be a step."""
         with self._lock:
             self.busy[name] = self.busy.get(name, 0.0) + seconds
 
     def check(self) -> None:
-        """`Stopped` if a stage failed."""
+        """`Stopped` if a step failed."""
         if self._stop.is_set():
             raise Stopped
 
-    def tick(self) -> None:
-        """Note which stage holds up the others now: the last one before which work piles up, else the first."""
-        full = [stage.name for stage, q in zip(self._stages, self._queues, strict=True) if q.full()]
-        self._ticks[full[-1] if full else self._stages[0].name] += 1
-
-    def bottlenecks(self) -> dict[str, int]:
-        """How often `tick` found each stage to be the one that the others wait for."""
-        return dict(self._ticks)
+    def _find_bottlenecks(self) -> None:
+        """It is the last step before which work piles up, else the first."""
+        while True:  # once at least, however short the run is
+            full = [step.name for step, q in zip(self._steps, self._queues, strict=True) if q.full()]
+            self.bottlenecks[full[-1] if full else self._steps[0].name] += 1
+            if self._over.wait(_TICK):
+                return
 
     def _run(self, index: int) -> None:
-        stage, source = self._stages[index], self._queues[index]
+        step, source = self._steps[index], self._queues[index]
         target = self._queues[index + 1] if index + 1 < len(self._queues) else None
         try:
-            with stage.scope():
+            with step.scope():
                 while (item := self._take(source)) is not _END:
                     start = time.perf_counter()
-                    result = stage.work(item)
-                    self.charge(stage.name, time.perf_counter() - start)
+                    result = step.work(item)
+                    self.charge(step.name, time.perf_counter() - start)
                     del item  # or it would outlive its batch by one
                     if target is not None and result is not None:
                         self._give(target, result)
@@ -115,7 +119,7 @@ class Pipeline:
             self._stop.set()
 
     def _end(self, index: int, target: "queue.Queue[Any] | None") -> None:
-        """A lane found no more to do: so will the others of its stage, and the last of them tells the next stage."""
+        """A thread found no more to do: so will the others of its step, and the last of them tells the next step."""
         with self._lock:
             self._running[index] -= 1
             last = not self._running[index]

@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +13,13 @@ from typing import Any
 from ubgen.core.errors import UserError
 from ubgen.core.probes import require_ray
 from ubgen.dataset import open_store
-from ubgen.synth.accounts import Account
 from ubgen.synth.config import SynthConfig
-from ubgen.synth.executors.job import Events, Job
-from ubgen.synth.executors.local import DEATHS, picklable
-from ubgen.synth.leases import Leases
-from ubgen.synth.worker import Links, work
+from ubgen.synth.local import DEATHS, Decided, Job, Leases, picklable
+from ubgen.synth.speed import Speed
 
 _POLL = 0.5
 _LOOK_AROUND = 5.0  # seconds between two looks at what the cluster has
-_PATIENCE = 60.0  # seconds in which the desk must answer
+_PATIENCE = 60.0  # seconds in which the coordinator must answer
 _START = 600.0  # seconds in which it must be there: a busy machine imports PyTorch from a network file system
 _ANSWER = 5.0  # seconds in which a cluster's machine must
 # what gRPC runs on begins with a frame of type 4 from each side (RFC 9113); an empty one
@@ -31,12 +28,12 @@ _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _HTTP2_SETTINGS
 _HOST_PORT = re.compile(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d+)")
 
 
-class Desk:
-    """An actor: hands out the leases, and collects what the workers tell."""
+class Coordinator:
+    """An actor: hands out the shards, and collects what the workers report."""
 
     def __init__(self, shards: Sequence[int]) -> None:
         self._leases = Leases(shards)
-        self._finished: list[int] = []
+        self._finished = 0
         self._images = 0
         self._shares: dict[str, float] = {}
 
@@ -45,42 +42,40 @@ class Desk:
 
     def finish(self, worker: str, shard: int) -> None:
         self._leases.finish(worker, shard)
-        self._finished.append(shard)
+        self._finished += 1
 
-    def progress(self, images: int, shares: dict[str, float]) -> None:
+    def decided(self, images: int, shares: dict[str, float]) -> None:
         self._images += images
         self._shares = shares
 
     def release(self, worker: str) -> list[int]:
         return self._leases.release(worker)
 
-    def news(self) -> tuple[list[int], int, dict[str, float], int]:
+    def news(self) -> tuple[int, int, dict[str, float], int]:
         """Since the last call: shards finished, images decided, bottlenecks; and the shards that wait for a worker."""
         news = self._finished, self._images, self._shares, self._leases.waiting
-        self._finished, self._images = [], 0
+        self._finished = self._images = 0
         return news
 
 
 class Worker:
     """An actor: an engine on one device."""
 
-    def __init__(self, job: Job, name: str, desk: Any, device: str, threads: int) -> None:
-        self._job, self._name, self._desk = job, name, desk
+    def __init__(self, job: Job, name: str, coordinator: Any, device: str, threads: int) -> None:
+        self._job, self._name, self._coordinator = job, name, coordinator
         self._device, self._threads = device, threads
 
     def run(self) -> tuple[str, Any]:
-        """("account", Account), or ("error", what went wrong)."""
-        ray, desk, job = require_ray(), self._desk, self._job
-
-        def finished(shard: int) -> None:
-            ray.get(desk.finish.remote(self._name, shard))
-
-        links = Links(
-            lambda: ray.get(desk.take.remote(self._name)), finished, lambda *news: desk.progress.remote(*news)
-        )
+        """("speed", Speed), or ("error", what went wrong)."""
+        ray, coordinator = require_ray(), self._coordinator
         try:
-            chain = job.chain(job.config, job.plan, self._device, self._threads)
-            return "account", work(chain, job.plan, job.config, open_store(job.config.out), links)
+            return "speed", self._job.run(
+                self._device,
+                self._threads,
+                take=lambda: ray.get(coordinator.take.remote(self._name)),
+                finished=lambda shard: ray.get(coordinator.finish.remote(self._name, shard)),
+                decided=coordinator.decided.remote,
+            )
         except Exception as error:
             return "error", picklable(error)
 
@@ -127,7 +122,7 @@ def _probe(address: str | None) -> None:
         raise UserError(f"--ray-address {address}: what listens there is not Ray; {advice}")
 
 
-def run_ray(job: Job, shards: Sequence[int], events: Events) -> Account:
+def run_ray(job: Job, shards: Sequence[int], decided: Decided, say: Callable[[str], None]) -> Speed:
     """Make `shards` on the cluster that is open, and leave it.
 
     The shards of a worker that dies are begun again by others. Workers write to `--out` themselves, so every node must
@@ -135,7 +130,7 @@ def run_ray(job: Job, shards: Sequence[int], events: Events) -> Account:
     """
     ray = require_ray()
     try:
-        return _Cluster(ray, job, shards, events).run()
+        return _Cluster(ray, job, shards, decided, say).run()
     except (ray.exceptions.RaySystemError, ray.exceptions.GetTimeoutError, ConnectionError) as error:
         raise UserError(
             "the Ray cluster went away; finished shards are kept. Run the same command again to continue"
@@ -149,20 +144,22 @@ def run_ray(job: Job, shards: Sequence[int], events: Events) -> Account:
 
 
 class _Cluster:
-    def __init__(self, ray: Any, job: Job, shards: Sequence[int], events: Events) -> None:
+    def __init__(
+        self, ray: Any, job: Job, shards: Sequence[int], decided: Decided, say: Callable[[str], None]
+    ) -> None:
         self._ray = ray
         self._job = replace(job, config=_everywhere(job.config))
-        self._events = events
+        self._decided, self._say = decided, say
         self._gpu = job.config.resolved_device().startswith("cuda")
-        self._desk = ray.remote(num_cpus=0)(Desk).remote(list(shards))
-        ray.get(self._desk.news.remote(), timeout=_START)
+        self._coordinator = ray.remote(num_cpus=0)(Coordinator).remote(list(shards))
+        ray.get(self._coordinator.news.remote(), timeout=_START)
         self._alive: dict[Any, tuple[str, Any]] = {}
-        self._account = Account()
+        self._speed = Speed()
         self._waiting = len(shards)
         self._started = self._deaths = 0
         self._wanted, self._looked = 0, -_LOOK_AROUND
 
-    def run(self) -> Account:
+    def run(self) -> Speed:
         self._hire()
         while self._alive:
             ended, _ = self._ray.wait(list(self._alive), timeout=_POLL)
@@ -171,10 +168,10 @@ class _Cluster:
                 self._end(reference)
             self._hire()
         self._listen()
-        return self._account
+        return self._speed
 
     def _hire(self) -> None:
-        """Start workers for which the cluster has a device and the desk a shard."""
+        """Start workers for which the cluster has a device and the coordinator a shard."""
         if time.monotonic() - self._looked >= _LOOK_AROUND:
             self._wanted, self._looked = self._places(), time.monotonic()
         begun = min(self._wanted - len(self._alive), self._waiting)
@@ -199,16 +196,17 @@ class _Cluster:
             threads = max(1, total // max(1, self._wanted))
             device, needs = self._job.config.resolved_device(), {"num_cpus": threads}
         actor = self._ray.remote(max_restarts=0, scheduling_strategy="SPREAD", **needs)(Worker)
-        worker = actor.remote(self._job, name, self._desk, device, threads)
+        worker = actor.remote(self._job, name, self._coordinator, device, threads)
         self._alive[worker.run.remote()] = name, worker  # the handle keeps the actor alive
 
     def _listen(self) -> None:
-        finished, images, shares, self._waiting = self._ray.get(self._desk.news.remote(), timeout=_PATIENCE)
-        for shard in finished:
+        finished, images, shares, self._waiting = self._ray.get(
+            self._coordinator.news.remote(), timeout=_PATIENCE
+        )
+        if finished:
             self._deaths = 0
-            self._events.finished(shard)
         if images:
-            self._events.progress(images, shares)
+            self._decided(images, shares)
 
     def _end(self, reference: Any) -> None:
         name, _ = self._alive.pop(reference)
@@ -219,10 +217,10 @@ class _Cluster:
             return
         if kind == "error":
             raise value
-        self._account.add(value)
+        self._speed.add(value)
 
     def _died(self, name: str, error: Exception) -> None:
-        lost = self._ray.get(self._desk.release.remote(name), timeout=_PATIENCE)
+        lost = self._ray.get(self._coordinator.release.remote(name), timeout=_PATIENCE)
         self._waiting += len(lost)
         self._deaths += 1
         self._looked = -_LOOK_AROUND  # its node may be gone too: no worker is to be sent there
@@ -231,7 +229,7 @@ class _Cluster:
                 f"{self._deaths} workers died one after the other and no shard was finished in between "
                 f"({str(error).splitlines()[0]}); run the same command again to continue"
             )
-        self._events.say(f"{name} is gone; its {len(lost)} shards are begun again")
+        self._say(f"{name} is gone; its {len(lost)} shards are begun again")
 
 
 def _everywhere(config: Any) -> Any:
