@@ -115,7 +115,10 @@ def test_a_wrong_directory_is_left_alone(
     monkeypatch.chdir(tmp_path)
     assert_one_line(call(synth_command.main, *right, ""), "--out must name a directory")
     assert content(tmp_path) == {"README.md": b"mine"}
-    assert_one_line(call(synth_command.main, *right, finished), f"{finished} is already finished")
+    assert_one_line(
+        call(synth_command.main, *right, finished),
+        f"{finished} holds a finished run with another configuration",
+    )
 
 
 def test_a_damaged_engine_costs_no_finished_dataset(
