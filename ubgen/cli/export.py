@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ubgen.core.config import shipped_engine_specs
+from ubgen.core.console import table
 from ubgen.core.errors import UserError, run
 from ubgen.export import EngineSpec, Exported, Planned, export_engine, load_spec, machine_problem, plan_export
-from ubgen.export.report import JSON, PICTURES, TABLE
+from ubgen.export.parity import JSON, PICTURES, TABLE
 
 
 def export(
@@ -53,7 +54,7 @@ def export(
     with console.status("starting") as status:
         exported = export_engine(loaded, out, lora, overwrite=overwrite, say=status.update)
     console.print(_table(exported))
-    _print(console, _chain_lines(exported))
+    _print(console, _pipeline_lines(exported))
     state = "written" if exported.built else "is already this engine; nothing was done"
     console.print(f"{exported.path} {state} (key {exported.key[:19]}…)")
     if exported.outdated:
@@ -106,23 +107,30 @@ def _size(count: int) -> str:
 
 
 def _table(exported: Exported) -> Table:
-    table = Table(title="Engines against PyTorch in float32 on real inputs")
-    for column in ("network", "precision", "rows", "max |Δ|", "error", "tolerance"):
-        table.add_column(column, justify="left" if column in ("network", "precision") else "right")
-    for row in exported.parity:
-        numbers = (str(row.rows), f"{row.max_abs:.2e}", f"{row.error:.2e}", f"{row.tolerance:.0e}")
-        table.add_row(row.network, row.precision, *numbers)
-    return table
+    rows = [
+        (
+            row.network,
+            row.precision,
+            str(row.rows),
+            f"{row.max_abs:.2e}",
+            f"{row.error:.2e}",
+            f"{row.tolerance:.0e}",
+        )
+        for row in exported.parity
+    ]
+    columns = ("network", "precision", "rows", "max |Δ|", "error", "tolerance")
+    return table("Engines against PyTorch in float32 on real inputs", columns, rows, text_columns=2)
 
 
-def _chain_lines(exported: Exported) -> Iterator[str]:
+def _pipeline_lines(exported: Exported) -> Iterator[str]:
     for row in exported.parity:
         if row.kept_float32:
             yield f"{row.network}: in float32 {', '.join(row.kept_float32)}"
-    chain = exported.chain
+    images = exported.pipeline
     yield (
-        f"{chain.images} images of the whole chain: PSNR {chain.psnr:.1f} dB, {chain.within_one_level:.2%} within 1 "
-        f"level, CLIP similarity |Δ| {chain.clip_similarity:.1e}, quality |Δ| {chain.quality:.1e}"
+        f"{images.images} images of the whole pipeline: PSNR {images.psnr:.1f} dB, "
+        f"{images.within_one_level:.2%} within 1 level, "
+        f"CLIP similarity |Δ| {images.clip_similarity:.1e}, quality |Δ| {images.quality:.1e}"
     )
 
 

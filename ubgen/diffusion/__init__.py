@@ -18,6 +18,7 @@ from ubgen.diffusion.stable_diffusion import (
     encode_prompts,
     load_scheduler,
     load_stable_diffusion,
+    tokenize,
     with_sampler,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "sample_guided",
     "save_lora",
     "schedule",
+    "tokenize",
     "training_steps",
     "with_sampler",
 ]

@@ -64,15 +64,20 @@ def load_stable_diffusion(
 def encode_prompts(sd: StableDiffusion, prompts: Sequence[str]) -> Tensor:
     """(B,S,D) last hidden states of the text encoder, in its dtype; "" is the unconditional prompt.
 
-    Padded or cut to the tokenizer's length; no attention mask, as SD 1.x was trained.
+    No attention mask, as SD 1.x was trained.
     """
+    return sd.text_encoder(tokenize(sd, prompts).to(sd.text_encoder.device)).last_hidden_state
+
+
+def tokenize(sd: StableDiffusion, prompts: Sequence[str]) -> Tensor:
+    """(B,S) int64 ids, padded or cut to the tokenizer's length."""
     if sd.tokenizer is None:
         raise UserError(f"{sd.path / 'tokenizer'}: no such directory; expected the CLIP tokenizer's files")
     length = min(sd.tokenizer.model_max_length, sd.text_encoder.config.max_position_embeddings)
     tokens = sd.tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
-    return sd.text_encoder(tokens.input_ids.to(sd.text_encoder.device)).last_hidden_state
+    return tokens.input_ids
 
 
 def with_sampler(scheduler: Any, name: str) -> Any:

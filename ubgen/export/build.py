@@ -16,7 +16,6 @@ from ubgen.core.config import to_dict
 from ubgen.core.errors import UserError
 from ubgen.core.stage import Stage
 from ubgen.diffusion import StableDiffusion, load_stable_diffusion, merge_lora
-from ubgen.export.chain import ChainRow, Images, compare_chains, run_chain
 from ubgen.export.compilers import compile_network
 from ubgen.export.directory import Built, EngineDirectory
 from ubgen.export.exportable import Exportable, Say
@@ -24,9 +23,16 @@ from ubgen.export.inputs import exact_float32, expected_outputs, real_inputs
 from ubgen.export.keys import engine_parts, exporter, find_inputs, network_keys, require_own_directory
 from ubgen.export.mixed_precision import layers_to_keep, lower, record_calls
 from ubgen.export.networks import clip_networks, qalign_networks, stable_diffusion_networks
-from ubgen.export.parity import ParityRow, check_parity
+from ubgen.export.parity import (
+    Images,
+    ParityRow,
+    PipelineRow,
+    check_parity,
+    compare_images,
+    pipeline_images,
+    write_report,
+)
 from ubgen.export.plan import machine_problem, memory_problem, plan_networks
-from ubgen.export.report import write_report
 from ubgen.export.spec import EngineSpec, NetworkSpec
 from ubgen.rewards import Clip, QAlign
 from ubgen.runtime import Network, Signature
@@ -45,7 +51,7 @@ class Exported:
     path: Path
     key: str
     parity: list[ParityRow]
-    chain: ChainRow
+    pipeline: PipelineRow
     built: bool
     outdated: bool = False
 
@@ -97,7 +103,7 @@ def _finished(directory: EngineDirectory, key: str) -> Exported | None:
         return None
     rows = [ParityRow.from_dict(row) for row in manifest["parity"]]
     outdated = manifest["engine"].get("exporter") != exporter()
-    return Exported(directory.path, key, rows, ChainRow.from_dict(manifest["chain"]), False, outdated)
+    return Exported(directory.path, key, rows, PipelineRow.from_dict(manifest["chain"]), False, outdated)
 
 
 @dataclass(frozen=True)
@@ -138,27 +144,27 @@ class _Build:
     ) -> None:
         self.spec, self.inputs, self.parts, self.directory, self.say = spec, inputs, parts, directory, say
         self._entries: dict[str, Mapping[str, Any]] = {}  # of the manifest
-        self._expected: dict[str, Tensor] = {}  # PyTorch's first output of each network, for the chain
+        self._expected: dict[str, Tensor] = {}  # PyTorch's first output of each network, for the images
 
     def run(self, stage: Stage) -> Exported:
         key, out = json_hash(self.parts), self.directory.path
         with exact_float32():
             rows = [self._network(name, network) for name, network in self._families()]
             extras = self.directory.add_extras(self.inputs)
-            chain, ours, reference = self._chain()
-        write_report(out, f"{self.spec.device}, {self.spec.image_size} px", rows, chain, ours, reference)
-        if not chain.passed:
-            raise UserError(f"the engines' images differ from PyTorch's: {chain.misses[0]}; see {out}")
+            pipeline, ours, reference = self._images()
+        write_report(out, f"{self.spec.device}, {self.spec.image_size} px", rows, pipeline, ours, reference)
+        if not pipeline.passed:
+            raise UserError(f"the engines' images differ from PyTorch's: {pipeline.misses[0]}; see {out}")
         engine = {"key": key, "parts": self.parts, "exporter": exporter(), "networks": self._entries}
         stage.finish(
             self.inputs,
             engine={**engine, "extras": extras},
             parity=[row.to_dict() for row in rows],
-            chain=chain.to_dict(),
+            chain=pipeline.to_dict(),
             same_bits=self._same_bits(),
         )
         self.directory.hashes.save()
-        return Exported(out, key, rows, chain, built=True)
+        return Exported(out, key, rows, pipeline, built=True)
 
     def _families(self) -> Iterator[tuple[str, Exportable]]:
         """All networks in float32 on the CPU; one model family is in memory at a time."""
@@ -222,15 +228,15 @@ class _Build:
             built = Built(key, graph, entry, row.kept_float32, row.error_without)
             return self.directory.add(name, built, files), row
 
-    def _chain(self) -> tuple[ChainRow, Images, Images]:
+    def _images(self) -> tuple[PipelineRow, Images, Images]:
         self.say("comparing the images of all engines together with PyTorch's")
         with _enough_memory("all networks together", "lower their batch.max"):
-            ours = run_chain(self._pipeline, self._real)
+            ours = pipeline_images(self._pipeline, self._real)
         expected = self._expected
         reference = Images.of(
             self._real.pixels, expected["clip_image"], expected["clip_text"], expected["qalign"]
         )
-        return compare_chains(ours, reference, self.spec.parity), ours, reference
+        return compare_images(ours, reference, self.spec.parity), ours, reference
 
     def _same_bits(self) -> dict[str, Any]:
         """See `Pipeline.same_bits`."""

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ubgen.core.classes import load_classes
-from ubgen.core.errors import UserError
-from ubgen.diffusion import StableDiffusion, initial_noise, sample, with_sampler
+from ubgen.diffusion import StableDiffusion, initial_noise, sample, tokenize, with_sampler
 from ubgen.export.exportable import Exportable, Say
 from ubgen.export.networks import TextEncoder, VaeDecoder, vae_scale
 from ubgen.export.spec import EngineSpec
@@ -90,17 +89,6 @@ def _trajectory(
 def _join(parts: tuple[dict[str, Tensor], ...]) -> dict[str, Tensor]:
     shared = ("uncond", "guidance")
     return {n: t if n in shared else torch.cat([part[n] for part in parts]) for n, t in parts[0].items()}
-
-
-def tokenize(sd: StableDiffusion, prompts: list[str]) -> Tensor:
-    """(B,S) int64 ids, as `encode_prompts` makes them."""
-    if sd.tokenizer is None:
-        raise UserError(f"{sd.path / 'tokenizer'}: no such directory; expected the CLIP tokenizer's files")
-    length = min(sd.tokenizer.model_max_length, sd.text_encoder.config.max_position_embeddings)
-    tokens = sd.tokenizer(
-        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
-    return tokens.input_ids
 
 
 @torch.no_grad()

@@ -1,23 +1,57 @@
-"""The gate at the end of an export: every engine against PyTorch in float32 on real inputs."""
+"""How far the engines are from PyTorch in float32 on real inputs: each network, their images, and the report."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ubgen.core.config import to_dict
+from ubgen.core.console import markdown_table
+from ubgen.core.files import atomic_write
 from ubgen.export.exportable import Exportable
-from ubgen.export.spec import NetworkSpec
+from ubgen.export.inputs import RealInputs
+from ubgen.export.spec import NetworkSpec, ParitySpec
 from ubgen.runtime import Network, run_rows
+from ubgen.runtime.pipeline import Pipeline
+
+EQUAL_PSNR = 100.0  # dB, given where there is no difference at all
+JSON, TABLE, PICTURES = "parity.json", "parity.md", "parity.png"
+_TILE = 192  # pixels: larger images are shown smaller
+_GAIN = 16  # of the shown difference
+_LABEL = 72  # pixels at the left
+
+
+class _Row:
+    """What the manifest and the report have of a comparison."""
+
+    @property
+    def passed(self) -> bool:
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**to_dict(self), "passed": self.passed}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        known = {key: value for key, value in values.items() if key != "passed"}
+        return cls(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
+        )
 
 
 @dataclass(frozen=True)
-class ParityRow:
+class ParityRow(_Row):
     """How far one network is from PyTorch, the worst over all its inputs.
 
     `error` is what the tolerance bounds: `max_rel` for floats, for pixels the share beyond one grey level.
-    `kept_float32`: modules left in float32, and `error_without` what the error was before the gate added to them.
+    `kept_float32`: modules left in float32, and `error_without` what the error was before the export added to them.
     """
 
     network: str
@@ -35,14 +69,6 @@ class ParityRow:
     @property
     def passed(self) -> bool:
         return self.error <= self.tolerance  # False for NaN
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "kept_float32": list(self.kept_float32), "passed": self.passed}
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> "ParityRow":
-        known = {key: value for key, value in values.items() if key != "passed"}
-        return ParityRow(**{**known, "kept_float32": tuple(values["kept_float32"])})
 
 
 def check_parity(
@@ -82,3 +108,174 @@ def row_errors(ours: Tensor, reference: Tensor, largest: float | None = None) ->
 
 def _largest(reference: Tensor) -> float:
     return max(float(reference.double().abs().max()), 1e-12)
+
+
+@dataclass(frozen=True)
+class Images:
+    """pixels (N,H,W,3) uint8; cosine similarity (N,) to "photo of {class}" in CLIP's space; quality (N,) in [1, 5]."""
+
+    pixels: Tensor
+    similarity: Tensor
+    quality: Tensor
+
+    @staticmethod
+    def of(pixels: Tensor, features: Tensor, texts: Tensor, quality: Tensor) -> "Images":
+        return Images(pixels.cpu(), (features * texts).sum(dim=-1).cpu(), quality.cpu())
+
+
+@dataclass(frozen=True)
+class PipelineRow(_Row):
+    """How far the images of the whole pipeline are apart.
+
+    The differences are the largest of one image, and their mean over all.
+    """
+
+    images: int
+    psnr: float
+    lowest_psnr: float
+    within_one_level: float
+    clip_similarity: float
+    mean_clip_similarity: float
+    quality: float
+    mean_quality: float
+    misses: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.misses
+
+
+def pipeline_images(pipeline: Pipeline, real: RealInputs) -> Images:
+    """The images of `real.noise`, made and scored by the engines alone."""
+    pixels = pipeline.decode(pipeline.denoise(real.noise, pipeline.encode_prompts(real.names)))
+    similarity, quality = pipeline.score(pixels, pipeline.encode_photos(real.names))
+    return Images(pixels.cpu(), similarity.cpu(), quality.cpu())
+
+
+def compare_images(ours: Images, reference: Images, settings: ParitySpec) -> PipelineRow:
+    difference = (ours.pixels.double() - reference.pixels.double()).flatten(1)
+    similarity = (ours.similarity.double() - reference.similarity.double()).abs()
+    quality = (ours.quality.double() - reference.quality.double()).abs()
+    row = PipelineRow(
+        images=len(difference),
+        psnr=_psnr(difference),
+        lowest_psnr=min(_psnr(image) for image in difference),
+        within_one_level=float((difference.abs() <= 1).double().mean()),
+        clip_similarity=float(similarity.max()),
+        mean_clip_similarity=float(similarity.mean()),
+        quality=float(quality.max()),
+        mean_quality=float(quality.mean()),
+    )
+    return replace(row, misses=tuple(_misses(row, settings)))
+
+
+def _psnr(difference: Tensor) -> float:
+    error = float(difference.square().mean())
+    return min(EQUAL_PSNR, 10 * math.log10(255**2 / error)) if error > 0 else EQUAL_PSNR
+
+
+def _misses(row: PipelineRow, settings: ParitySpec) -> list[str]:
+    """Written so that NaN misses."""
+    wanted, misses = settings.chain, []
+    if not row.psnr >= wanted.psnr:
+        misses.append(f"PSNR {row.psnr:.1f} dB is below {wanted.psnr} dB")
+    if not row.within_one_level >= wanted.within_one_level:
+        misses.append(
+            f"{row.within_one_level:.2%} of values within 1 level, less than {wanted.within_one_level:.2%}"
+        )
+    if not row.clip_similarity <= wanted.clip_similarity:
+        misses.append(
+            f"CLIP similarity differs by {row.clip_similarity:.1e}, more than {wanted.clip_similarity:.0e}"
+        )
+    if not row.quality <= wanted.quality:
+        misses.append(f"quality differs by {row.quality:.1e}, more than {wanted.quality:.0e}")
+    return misses
+
+
+def write_report(
+    out: Path, title: str, rows: Sequence[ParityRow], pipeline: PipelineRow, ours: Images, reference: Images
+) -> None:
+    """Write the three files into `out`."""
+    content = {
+        "networks": [row.to_dict() for row in rows],
+        "chain": pipeline.to_dict(),
+        "images": [
+            {"clip_similarity": [a, b], "quality": [c, d]}
+            for a, b, c, d in zip(
+                ours.similarity.tolist(),
+                reference.similarity.tolist(),
+                ours.quality.tolist(),
+                reference.quality.tolist(),
+                strict=True,
+            )
+        ],
+    }
+    atomic_write(out / JSON, json.dumps(content, indent=2) + "\n")
+    atomic_write(out / TABLE, markdown(title, rows, pipeline))
+    picture(ours.pixels, reference.pixels).save(out / PICTURES)
+
+
+def markdown(title: str, rows: Sequence[ParityRow], pipeline: PipelineRow) -> str:
+    networks = markdown_table(
+        ["network", "compiler", "precision", "kept in float32", "rows", "max abs", "error", "tolerance"],
+        [
+            [
+                row.network,
+                row.compiler,
+                row.precision,
+                _kept(row),
+                str(row.rows),
+                f"{row.max_abs:.2e}",
+                f"{row.error:.2e}",
+                f"{row.tolerance:.0e}",
+            ]
+            for row in rows
+        ],
+        text_columns=4,
+    )
+    images = markdown_table(
+        ["PSNR", "lowest image", "within 1 level", "CLIP similarity |Δ|, mean", "Q-Align |Δ|, mean"],
+        [
+            [
+                f"{pipeline.psnr:.1f} dB",
+                f"{pipeline.lowest_psnr:.1f} dB",
+                f"{pipeline.within_one_level:.3%}",
+                f"{pipeline.clip_similarity:.1e}, {pipeline.mean_clip_similarity:.1e}",
+                f"{pipeline.quality:.1e}, {pipeline.mean_quality:.1e}",
+            ]
+        ],
+        text_columns=0,
+    )
+    return f"""# {title}: engines against PyTorch (float32)
+
+Error: largest difference over PyTorch's largest value; for pixels, the share beyond one grey level.
+
+{networks}
+
+The whole pipeline, {pipeline.images} images from the same noise:
+
+{images}
+
+`{PICTURES}` shows PyTorch's images, the engines', and {_GAIN} times their difference.
+"""
+
+
+def _kept(row: ParityRow) -> str:
+    without = "" if row.error_without is None else f" (error without: {row.error_without:.2e})"
+    return f"{', '.join(row.kept_float32)}{without}"
+
+
+def picture(ours_NHW3: Tensor, reference_NHW3: Tensor) -> Image.Image:
+    """Three rows of all images: PyTorch, the engines, and their difference made visible."""
+    difference = (ours_NHW3.int() - reference_NHW3.int()).abs().mul(_GAIN).clamp(max=255).to(torch.uint8)
+    bands = [("PyTorch", reference_NHW3), ("engines", ours_NHW3), (f"{_GAIN} x |diff|", difference)]
+    side = min(_TILE, ours_NHW3.shape[1])
+    sheet = Image.new("RGB", (_LABEL + len(ours_NHW3) * (side + 2), len(bands) * (side + 2)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for top, (label, images) in enumerate(bands):
+        draw.text((4, top * (side + 2) + side // 2 - 5), label, fill="black")
+        for left, pixels in enumerate(images):
+            tile: Any = np.ascontiguousarray(pixels.numpy())
+            place = (_LABEL + left * (side + 2), top * (side + 2))
+            sheet.paste(Image.fromarray(tile).resize((side, side), Image.Resampling.BOX), place)
+    return sheet

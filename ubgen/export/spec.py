@@ -82,7 +82,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class ChainTolerance:
+class PipelineTolerance:
     """What the images of all engines together must reach against PyTorch's, from the same noise.
 
     `psnr` in dB over all images, at least; `within_one_level` the share of pixel values, at least;
@@ -100,7 +100,7 @@ class ParitySpec:
     """Real inputs: images of these classes, sampled with PNDM by PyTorch in float32."""
 
     classes: str
-    chain: ChainTolerance
+    chain: PipelineTolerance
     images: int = 16
     steps: int = 10
     guidance: float = 2.0

@@ -42,8 +42,8 @@ def test_an_engine_that_is_there_is_shown_with_its_parity(
         (line,) = [line for line in text.splitlines() if f" {row.network} " in line]
         assert f"{row.error:.2e}" in line
         assert f"{row.tolerance:.0e}" in line
-    chain = exported.chain
-    assert f"{chain.images} images of the whole chain: PSNR {chain.psnr:.1f} dB" in text
+    pipeline = exported.pipeline
+    assert f"{pipeline.images} images of the whole pipeline: PSNR {pipeline.psnr:.1f} dB" in text
     assert f"is already this engine; nothing was done (key {exported.key[:19]}" in text
     monkeypatch.setattr("sys.argv", ["ubgen-export", *options, "--out", str(exported.path), "--dry-run"])
     command.main()

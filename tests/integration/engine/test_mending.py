@@ -97,7 +97,7 @@ def test_layers_that_overflow_in_float16_are_left_in_float32(mended: Mended) -> 
     assert row.error_without > 0.5, "float16 alone must break it, or this test shows nothing"
     assert row.error <= 0.02
     assert row.kept_float32 == LAYERS
-    assert result.chain.passed
+    assert result.pipeline.passed
     assert read_manifest(killed)["parity"][2]["kept_float32"] == list(LAYERS)
     assert LAYERS[0] in (killed / "parity.md").read_text(encoding="utf-8")
     assert float16_share(killed / "vae_decoder.onnx") > 0.7

@@ -1,4 +1,4 @@
-"""The parity gate measures the worst case and lets nothing wrong pass."""
+"""The comparison with PyTorch measures the worst case and lets nothing wrong pass."""
 
 import dataclasses
 import json
@@ -10,15 +10,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ubgen.export.chain import EQUAL_PSNR, ChainRow, Images, compare_chains
 from ubgen.export.exportable import Exportable
-from ubgen.export.parity import ParityRow, check_parity, row_errors
-from ubgen.export.report import write_report
-from ubgen.export.spec import BatchRange, ChainTolerance, NetworkSpec, ParitySpec
+from ubgen.export.parity import (
+    EQUAL_PSNR,
+    Images,
+    ParityRow,
+    PipelineRow,
+    check_parity,
+    compare_images,
+    row_errors,
+    write_report,
+)
+from ubgen.export.spec import BatchRange, NetworkSpec, ParitySpec, PipelineTolerance
 from ubgen.runtime import Network
 
 SPEC = NetworkSpec(BatchRange(1, 2, 3), tolerance=1e-3)
-SETTINGS = ParitySpec("list.txt", ChainTolerance(40.0, 0.9, 0.01, 0.1))
+SETTINGS = ParitySpec("list.txt", PipelineTolerance(40.0, 0.9, 0.01, 0.1))
 
 
 class Half(nn.Module):
@@ -108,11 +115,11 @@ def images(shift: int = 0, similarity: float = 0.0, quality: float = 0.0) -> Ima
     return Images(pixels, torch.tensor([0.2, 0.3 + similarity]), torch.tensor([3.0, 4.0 + quality]))
 
 
-def test_equal_chains() -> None:
-    row = compare_chains(images(), images(), SETTINGS)
+def test_equal_images() -> None:
+    row = compare_images(images(), images(), SETTINGS)
     assert row.passed
     assert (row.psnr, row.within_one_level, row.quality) == (EQUAL_PSNR, 1.0, 0.0)
-    assert ChainRow.from_dict(json.loads(json.dumps(row.to_dict()))) == row
+    assert PipelineRow.from_dict(json.loads(json.dumps(row.to_dict()))) == row
 
 
 @pytest.mark.parametrize(
@@ -125,8 +132,8 @@ def test_equal_chains() -> None:
         (images(quality=float("nan")), "quality differs by nan"),
     ],
 )
-def test_every_figure_of_the_chain_can_fail_it(ours: Images, miss: str) -> None:
-    row = compare_chains(ours, images(), SETTINGS)
+def test_every_figure_of_the_images_can_fail_them(ours: Images, miss: str) -> None:
+    row = compare_images(ours, images(), SETTINGS)
     assert not row.passed
     assert any(miss in line for line in row.misses)
 
@@ -134,7 +141,7 @@ def test_every_figure_of_the_chain_can_fail_it(ours: Images, miss: str) -> None:
 def test_the_worst_image_is_told() -> None:
     ours = images(shift=1, similarity=0.004)
     ours.pixels[0] = images().pixels[0]
-    row = compare_chains(ours, images(), SETTINGS)
+    row = compare_images(ours, images(), SETTINGS)
     assert row.lowest_psnr == pytest.approx(48.13, abs=0.01)
     assert row.psnr == pytest.approx(51.14, abs=0.01)
     assert row.clip_similarity == pytest.approx(0.004, abs=1e-6)
@@ -145,7 +152,7 @@ def test_the_report(tmp_path: Path) -> None:
     network = Exportable(Half(), [{"x": torch.ones(2, 2)}], "y")
     row = dataclasses.replace(check(network, 1e-4), kept_float32=("mid.norm",), error_without=0.5)
     ours, reference = images(shift=3), images()
-    write_report(tmp_path, "cpu", [row], compare_chains(ours, reference, SETTINGS), ours, reference)
+    write_report(tmp_path, "cpu", [row], compare_images(ours, reference, SETTINGS), ours, reference)
     content = json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))
     assert content["networks"][0]["kept_float32"] == ["mid.norm"]
     assert content["chain"]["images"] == len(content["images"]) == 2

@@ -89,10 +89,11 @@ def test_memory_that_engines_keep_is_added_up(
     name: str, graphs: bool, count: Callable[[list[int]], int]
 ) -> None:
     """AOTInductor's takes PyTorch's, which gets it back when a call ends, unless a CUDA graph holds it."""
-    spec = load_spec(name)
-    for network in plan_export(spec).networks:
-        spec = with_network(spec, network.name, options=Options(cuda_graphs=graphs))
-    plans = plan_export(spec).networks
+    spec, options = load_spec(name), Options(cuda_graphs=graphs)
+    plans = [
+        dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, options=options))
+        for plan in plan_export(spec).networks
+    ]
     needed = sum(p.weight_bytes for p in plans) + count([p.activation_bytes for p in plans])
     assert memory_problem(spec, plans, host=100 * GIB, device=needed) is None
     problem = memory_problem(spec, plans, host=100 * GIB, device=needed - 1)

@@ -2,7 +2,6 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-import onnx
 import onnxruntime
 import pytest
 import torch
@@ -125,15 +124,6 @@ def test_a_prompt_outside_the_vocabulary_is_refused():
         QAlignScorer(QAlign.load(GOLDEN))
 
 
-def test_exports_with_a_dynamic_batch():
-    scorer, pixels = QAlignScorer(golden()).eval(), draw(2, 64, 64)
-    shapes = {"pixels": {0: torch.export.Dim("batch", min=1, max=8)}}
-    program = torch.export.export(scorer, (), {"pixels": pixels}, dynamic_shapes=shapes).module()
-    for batch in (1, 5):
-        pixels = draw(batch, 64, 64)
-        torch.testing.assert_close(program(pixels=pixels), scorer(pixels), rtol=RTOL, atol=0)
-
-
 def export(scorer: QAlignScorer, opset: int, directory: Path, size: int) -> list[Path]:
     network = Exportable(scorer.eval(), [{"pixels": draw(2, size, size)}], "score")
     return export_onnx(network, NetworkSpec(BATCH, RTOL, opset=opset), directory / "qalign.onnx")
@@ -156,17 +146,6 @@ def test_equals_the_score_in_onnxruntime_at_every_batch(
     for batch in (1, 2, 5):
         pixels = draw(batch, 80, 80)
         torch.testing.assert_close(run(files[0], pixels), score(miniature, pixels), rtol=RTOL, atol=0)
-
-
-def test_the_graph_in_half_precision_takes_bytes_and_gives_float32(miniature, tmp_path):
-    half = QAlign.load(resolve_path("ubgen:miniature/weights/qalign"), dtype=torch.float16)
-    (file,) = export(QAlignScorer(half), 23, tmp_path, 64)
-    graph = onnx.load(file).graph
-    ends = [value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)]
-    assert ends == [onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT]
-    assert onnx.TensorProto.FLOAT16 in {weight.data_type for weight in graph.initializer}
-    pixels = draw(3, 64, 64)
-    torch.testing.assert_close(run(file, pixels), score(miniature, pixels), rtol=0, atol=2e-3)
 
 
 def test_only_the_positions_that_the_score_needs_are_computed():

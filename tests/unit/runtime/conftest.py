@@ -10,7 +10,7 @@ import torch
 
 from ubgen.runtime import Network
 
-CALLS = 10_000
+CALLS = 2_000
 
 
 def _resident() -> int:
@@ -27,7 +27,7 @@ def _give_back() -> None:
 
 @pytest.fixture
 def growth() -> Callable[[Network, dict[str, torch.Tensor]], int]:
-    """growth(network, inputs): bytes that 10,000 calls leave behind, after 500 that fill every cache."""
+    """growth(network, inputs): bytes that 2,000 calls leave behind, after 500 that fill every cache."""
     if not Path("/proc/self/statm").exists():
         pytest.skip("no /proc/self/statm")
 

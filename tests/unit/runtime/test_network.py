@@ -67,7 +67,7 @@ def test_a_signature_survives_json() -> None:
 
 
 def test_the_measure_of_memory_sees_what_a_network_keeps(growth: Callable[..., int]) -> None:
-    """At 16 KiB a call, 10,000 calls keep more than the 8 MiB that the compilers' tests allow."""
+    """At 16 KiB a call, 2,000 calls keep more than the 8 MiB that the compilers' tests allow."""
     kept = list[bytes]()
 
     class Hoarder(Scale):

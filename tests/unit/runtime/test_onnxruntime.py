@@ -48,7 +48,7 @@ def test_every_type_passes_unchanged(tmp_path: Path, dtype: torch.dtype) -> None
 
 
 def test_memory_stays_flat(tmp_path: Path, growth: Callable[..., int]) -> None:
-    """The outputs of one call are 256 KiB: all of them together would be 2.5 GiB."""
+    """The outputs of one call are 256 KiB: all of them together would be 500 MiB."""
     path = write_graph(tmp_path / "a.onnx", "Neg", ELEMENT_TYPES[torch.float32], 65536)
     network = load(path, signature(width=65536))
     assert growth(network, {"x": torch.zeros(1, 65536)}) < 8 * 2**20
