@@ -1,5 +1,10 @@
 """Fine-tuning the generator by reward gradients: the LoRA, the discriminator, and the loop that plays them."""
 
+from pathlib import Path
+
+from ubgen.core.classes import load_classes
+from ubgen.core.errors import UserError
+from ubgen.core.files import open_store
 from ubgen.train.config import (
     DiscriminatorConfig,
     GeneratorConfig,
@@ -8,8 +13,9 @@ from ubgen.train.config import (
     OutputConfig,
     RolloutConfig,
     TrainConfig,
+    require_networks,
+    validate,
 )
-from ubgen.train.loop import train
 
 __all__ = [
     "DiscriminatorConfig",
@@ -21,3 +27,23 @@ __all__ = [
     "TrainConfig",
     "train",
 ]
+
+
+def train(config: TrainConfig, out: Path, *, overwrite: bool = False, stop_after: int | None = None) -> bool:
+    """Run to the end, or continue the unfinished run in `out`; returns whether it is finished.
+
+    A finished run of the same configuration is left as it is. `overwrite` starts again in a used directory.
+    `stop_after` ends this call after that many updates, with a checkpoint: the same call continues. Under
+    `accelerate launch` every process calls this; process 0 writes. On the CPU a continued run ends with the same bits
+    as an uninterrupted one. `out` is changed only once all networks are loaded.
+    """
+    validate(config)
+    require_networks(config)
+    if stop_after is not None and stop_after < 1:
+        raise UserError(f"stop_after must be positive, not {stop_after}")
+    if open_store(out).local_path is None:
+        raise UserError(f"--out {out}: ubgen-train writes to a local directory only")
+    classes = load_classes(config.classes)
+    from ubgen.train.loop import run_training  # PyTorch is imported here: until then every answer is quick
+
+    return run_training(config, classes, out, overwrite, stop_after)

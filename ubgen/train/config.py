@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, Literal
 
-from ubgen.core.config import to_dict
+from ubgen.core.config import require_directory, resolve_path, to_dict
 from ubgen.core.errors import UserError
 
 _POSITIVE = (
@@ -45,6 +46,11 @@ _NOT_NEGATIVE = (
     "discriminator.warmup_updates",
     "output.grid_every",
 )
+_FILES = {
+    "stable_diffusion": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+    "clip": ("open_clip_config.json", "open_clip_model.safetensors"),
+    "qalign": ("config.json",),
+}
 _BETAS = ("generator.betas", "discriminator.betas")
 
 
@@ -243,6 +249,28 @@ def validate(config: TrainConfig) -> None:
                 "losses.entire_rise waits for a similarity that only the individual loss raises, and its weight is 0: "
                 "the entire loss would never set in; add --losses.entire-rise None"
             )
+
+
+def require_networks(config: TrainConfig) -> None:
+    """UserError naming the option whose directory is missing or incomplete; nothing is loaded."""
+    for name in networks_needed(config.losses):
+        option = f"--networks.{name.replace('_', '-')}"
+        require_directory(getattr(config.networks, name), option, *_FILES[name])
+
+
+def networks_needed(losses: LossConfig) -> list[str]:
+    """The networks that a run with these losses reads."""
+    needed = {
+        "stable_diffusion": True,
+        "clip": losses.entire > 0 or losses.individual > 0 or losses.log_unused,
+        "qalign": losses.quality > 0 or losses.log_unused,
+    }
+    return [name for name, is_needed in needed.items() if is_needed]
+
+
+def network_paths(config: TrainConfig) -> dict[str, Path]:
+    """The directories of the networks that this run reads."""
+    return {name: resolve_path(getattr(config.networks, name)) for name in networks_needed(config.losses)}
 
 
 def _require(config: TrainConfig, names: tuple[str, ...], wanted: str, holds: Callable[[Any], bool]) -> None:

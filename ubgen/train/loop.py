@@ -10,11 +10,11 @@ from accelerate.utils import broadcast, gather
 from rich.console import Console
 from torch import Tensor
 
-from ubgen.core.classes import ClassList, load_classes
+from ubgen.core.classes import ClassList
 from ubgen.core.config import to_dict
 from ubgen.core.console import progress
 from ubgen.core.errors import UserError
-from ubgen.core.files import atomic_write, open_store
+from ubgen.core.files import atomic_write
 from ubgen.core.stage import Stage, content_hash
 from ubgen.diffusion import LORA_FILE
 from ubgen.train.batches import Batch, draw_batch, updates_for
@@ -26,9 +26,9 @@ from ubgen.train.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from ubgen.train.config import TrainConfig, validate
+from ubgen.train.config import TrainConfig, network_paths
 from ubgen.train.logging import METRICS_FILE, TENSORBOARD, MetricsLog, figures, save_grid
-from ubgen.train.state import Adversary, build_state, network_paths, require_networks
+from ubgen.train.state import Adversary, build_state
 from ubgen.train.update import Diverged, Metrics, discriminator_update, generator_update, warmup_features
 
 CLASSES_FILE = "classes.txt"
@@ -37,21 +37,10 @@ SAMPLES = "samples"
 _OWN = (CHECKPOINTS, SAMPLES, TENSORBOARD, CLASSES_FILE, METRICS_FILE, LORA_FILE, DISCRIMINATOR_FILE)
 
 
-def train(config: TrainConfig, out: Path, *, overwrite: bool = False, stop_after: int | None = None) -> bool:
-    """Run to the end, or continue the unfinished run in `out`; returns whether it is finished.
-
-    A finished run of the same configuration is left as it is. `overwrite` starts again in a used directory.
-    `stop_after` ends this call after that many updates, with a checkpoint: the same call continues. Under
-    `accelerate launch` every process calls this; process 0 writes. On the CPU a continued run ends with the same bits
-    as an uninterrupted one. `out` is changed only once all networks are loaded.
-    """
-    validate(config)
-    if stop_after is not None and stop_after < 1:
-        raise UserError(f"stop_after must be positive, not {stop_after}")
-    classes = load_classes(config.classes)
-    require_networks(config)
-    if open_store(out).local_path is None:
-        raise UserError(f"--out {out}: ubgen-train writes to a local directory only")
+def run_training(
+    config: TrainConfig, classes: ClassList, out: Path, overwrite: bool, stop_after: int | None
+) -> bool:
+    """`ubgen.train.train`, once its arguments are known to be right."""
     # without `cpu`, processes on the CPU do not find each other
     process = PartialState(cpu=config.device == "cpu" or not torch.cuda.is_available())
     console = Console(stderr=True, quiet=not process.is_main_process, markup=False, soft_wrap=True)

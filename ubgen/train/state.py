@@ -1,7 +1,6 @@
 """What a run trains and what it trains with: networks, optimisers, encoded texts, and the means that it keeps."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,20 +8,14 @@ from torch import Tensor, nn
 
 from ubgen.core import probes
 from ubgen.core.classes import ClassList
-from ubgen.core.config import require_directory, resolve_path
 from ubgen.core.errors import UserError
 from ubgen.diffusion import StableDiffusion, add_lora, encode_prompts, load_stable_diffusion, with_sampler
 from ubgen.rewards import Centre, Clip, Discriminator, QAlign
-from ubgen.train.config import DiscriminatorConfig, GeneratorConfig, LossConfig, TrainConfig
+from ubgen.train.config import DiscriminatorConfig, GeneratorConfig, TrainConfig, networks_needed
 
 HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CENTRE = "centre."  # before the names of the centre's tensors in a checkpoint
 MOMENTUM = 0.9  # of the running mean of similarity: a single batch says too little
-_FILES = {
-    "stable_diffusion": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
-    "clip": ("open_clip_config.json", "open_clip_model.safetensors"),
-    "qalign": ("config.json",),
-}
 
 
 @dataclass
@@ -145,28 +138,6 @@ class TrainState:
         # no cache: a LoRA weight first cast in a step without gradient would be reused, without one, where it trains
         half = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=half, cache_enabled=False)
-
-
-def require_networks(config: TrainConfig) -> None:
-    """UserError naming the option whose directory is missing or incomplete; nothing is loaded."""
-    for name in networks_needed(config.losses):
-        option = f"--networks.{name.replace('_', '-')}"
-        require_directory(getattr(config.networks, name), option, *_FILES[name])
-
-
-def networks_needed(losses: LossConfig) -> list[str]:
-    """The networks that a run with these losses reads."""
-    needed = {
-        "stable_diffusion": True,
-        "clip": losses.entire > 0 or losses.individual > 0 or losses.log_unused,
-        "qalign": losses.quality > 0 or losses.log_unused,
-    }
-    return [name for name, is_needed in needed.items() if is_needed]
-
-
-def network_paths(config: TrainConfig) -> dict[str, Path]:
-    """The directories of the networks that this run reads."""
-    return {name: resolve_path(getattr(config.networks, name)) for name in networks_needed(config.losses)}
 
 
 def build_state(config: TrainConfig, classes: ClassList, device: torch.device) -> TrainState:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from ubgen.cli.train import parse
@@ -37,14 +38,14 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
     assert not (out / "manifest.json").exists()
 
 
-def test_what_is_not_finite_before_anything_was_trained_is_not_the_learning_rates(
+def test_what_overflows_before_anything_was_trained_is_not_the_learning_rates(
     config: TrainConfig, change: Change, tmp_path: Path
 ) -> None:
     weights = tmp_path / "sd"
     shutil.copytree(config.networks.stable_diffusion, weights)
     file = weights / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
-    save_file({**tensors, "decoder.conv_out.bias": tensors["decoder.conv_out.bias"] * float("inf")}, file)
+    save_file({**tensors, "decoder.conv_out.bias": torch.full((3,), 3e38)}, file)
     broken = change(config, "networks", stable_diffusion=str(weights))
     for precision, remedy in (("no", "--overwrite and other weights"), ("bf16", "another --precision")):
         with pytest.raises(UserError, match=rf"update 1: .*{remedy}") as raised:
@@ -164,6 +165,19 @@ def test_a_wrong_call_of_the_command_is_one_line(options: list[str], line: str, 
     assert line in error
     assert ended.stdout == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_help_waits_for_no_heavy_module() -> None:
+    program = (
+        "import sys; from ubgen.cli.train import main\n"
+        "try: main()\n"
+        "finally: print(*sys.modules, file=sys.stderr)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "--generator.lr" in ended.stdout
+    assert not {"torch", "diffusers", "transformers", "accelerate"} & set(ended.stderr.split())
 
 
 def test_unknown_recipe_key(config: TrainConfig, write_recipe: Write, tmp_path: Path) -> None:

@@ -24,6 +24,15 @@ from ubgen.train import TrainConfig, train
 from ubgen.train.checkpoint import DISCRIMINATOR_FILE
 
 RESULTS = (LORA_FILE, DISCRIMINATOR_FILE)
+PRELOADED = [
+    "ubgen.cli.train",
+    "ubgen.train.loop",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "transformers.models.clip.modeling_clip",
+    "peft",
+    "open_clip",
+]
 DONE = ("000002", "000004", "000006")  # the checkpoints of a whole run
 
 
@@ -35,23 +44,38 @@ def results(out: Path) -> list:
     return [*((out / name).read_bytes() for name in RESULTS), rows]
 
 
-def test_stopped_after_every_update(config: TrainConfig, finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    assert [train(config, out, stop_after=1) for _ in range(6)] == [False] * 5 + [True]
-    assert results(out) == results(finished)
+def train_in_parts(config: TrainConfig, out: Path, *updates: int) -> None:
+    """Stopped after so many updates, and after so many more; then to the end."""
+    for count in updates:
+        assert not train(config, out, stop_after=count)
+    assert train(config, out)
 
 
-def test_the_average_of_the_last_updates_goes_on_too(
+def test_stopped_in_the_warm_up_and_at_its_end_and_after_it(
+    config: TrainConfig, finished: Path, tmp_path: Path
+) -> None:
+    train_in_parts(config, tmp_path / "run", 1, 1, 1)
+    assert results(tmp_path / "run") == results(finished)
+
+
+def test_all_that_is_counted_on_the_way_goes_on_too(
     config: TrainConfig, change: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    """And it is the mean of the LoRAs in the checkpoints, where there is one for each update; 1.44 times as strong."""
-    averaged = change(config, "generator", average_last=3, average_strength=1.44)
-    averaged = change(averaged, "output", checkpoint_every=1, keep_checkpoints=6)
+    """The centre of the images and the base similarity, from the warm-up; the similarity's running mean, which gives
+    the entire loss its weight; and the mean of the last LoRAs, 1.44 times as strong."""
+    config = change(config, "discriminator", features="centred")
+    config = change(config, "losses", individual=8.0, entire_rise=(0.0, 0.02))
+    config = change(config, "generator", lr=1e-2, average_last=3, average_strength=1.44)
+    config = change(config, "output", checkpoint_every=1, keep_checkpoints=10, grid_every=10)
+    config = dataclasses.replace(config, max_updates=8)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(averaged, whole)
-    assert [train(averaged, parts, stop_after=1) for _ in range(6)] == [False] * 5 + [True]
+    train(config, whole)
+    train_in_parts(config, parts, 1, 3, 4)
     assert results(parts) == results(whole)
-    last = [load_file(whole / "checkpoints" / f"{done:06d}" / LORA_FILE) for done in (4, 5, 6)]
+    counts = [float(saved(whole, done, DISCRIMINATOR_FILE)["centre.count"]) for done in (2, 10)]
+    assert counts == [8, 8], "2 warm-up updates of 4 images, and none after them"
+    assert any(0 < row["weight_entire"] < 1 for row in results(whole)[2][2:])
+    last = [saved(whole, done, LORA_FILE) for done in (8, 9, 10)]
     for name, mean in load_file(whole / LORA_FILE).items():
         # either matrix of a layer has half of the strength; that is one rounding more than the mean's
         expected = 1.2 * sum(lora[name] for lora in last) / 3
@@ -61,38 +85,19 @@ def test_the_average_of_the_last_updates_goes_on_too(
     assert (whole / "samples" / "average.png").is_file()
 
 
-def test_the_centre_of_the_images_goes_on_too(
+def saved(out: Path, done: int, name: str) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"{done:06d}" / name)
+
+
+def test_half_precision_goes_on_too(
     config: TrainConfig, change: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    """Stopped within the warm-up, in which the centre is found, and after it."""
-    centred = change(config, "discriminator", features="centred")
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(centred, whole)
-    assert [train(centred, parts, stop_after=1) for _ in range(6)] == [False] * 5 + [True]
-    assert results(parts) == results(whole)
-    counts = [load_file(whole / "checkpoints" / done / DISCRIMINATOR_FILE)["centre.count"] for done in DONE]
-    assert counts == [8, 8, 8], "2 warm-up updates of 4 images, and none after them"
-
-
-def test_the_weight_of_the_entire_loss_goes_on_too(
-    config: TrainConfig, change: Callable[..., TrainConfig], tmp_path: Path
-) -> None:
-    """Stopped within the warm-up, in which the base similarity is measured, and after it."""
-    paced = change(config, "losses", individual=8.0, entire_rise=(0.0, 0.02))
-    paced = dataclasses.replace(change(paced, "generator", lr=1e-2), max_updates=10)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(paced, whole)
-    assert [train(paced, parts, stop_after=1) for _ in range(12)] == [False] * 11 + [True]
-    assert results(parts) == results(whole)
-    assert any(0 < row["weight_entire"] < 1 for row in results(whole)[2][2:])
-
-
-def test_half_precision_stopped_after_every_update(config: TrainConfig, tmp_path: Path) -> None:
-    """The loss scale and its count of good updates go on too."""
-    half = dataclasses.replace(config, precision="fp16", max_updates=3)
+    """With the loss scale, and its count of good updates."""
+    half = change(change(config, "rollout", steps=2, grad_steps=1), "output", grid_every=0)
+    half = dataclasses.replace(half, precision="fp16", max_updates=3)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(half, whole)
-    assert [train(half, parts, stop_after=1) for _ in range(5)] == [False] * 4 + [True]
+    train_in_parts(half, parts, 3)
     assert results(parts) == results(whole)
     assert scaler(parts) == scaler(whole)
     assert scaler(whole)["_growth_tracker"] == 3, "no update was scaled, or each began anew"
@@ -208,10 +213,10 @@ def test_who_may_read_the_run_may_read_its_checkpoints(config: TrainConfig, tmp_
 def launch(recipe: Path, outs: list[Path], *options: str) -> tuple[list[int | None], str]:
     """`ubgen-train` in a process for each of `outs`, which meet each other; their exit codes and what they printed.
 
-    The processes are forked from one that has imported ubgen.train, which takes longer than these runs.
+    The processes are forked from one that has imported all modules, which takes longer than these runs.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ubgen.cli.train"])
+    context.set_forkserver_preload(PRELOADED)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -243,6 +248,7 @@ def halves(config: TrainConfig, change: Callable[..., TrainConfig]) -> tuple[Tra
     whole = change(config, "rollout", grad_steps=4)
     whole = change(whole, "discriminator", features="centred")
     whole = change(whole, "losses", individual=8.0, entire_rise=(0.0, 0.02))
+    whole = change(whole, "output", grid_every=0)
     device = "cpu" if torch.cuda.is_available() else "auto"  # which is the CPU, for processes that meet, too
     return whole, dataclasses.replace(whole, batch_size=1, device=device)
 
