@@ -9,17 +9,18 @@ Finished training runs and measurements in runs/ablation are kept; unfinished on
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 import tyro
 
+from ubgen.benchmark import Table, machine_record
+from ubgen.benchmark.machine import describe
 from ubgen.core.config import load_recipe, to_dict
 from ubgen.core.stage import MANIFEST
 from ubgen.train import TrainConfig
@@ -74,20 +75,19 @@ def play(name: str, given: Arguments) -> dict[str, float]:
     return {**measures, **({"minutes_of_training": float(took.read_text())} if took.is_file() else {})}
 
 
-def report(rows: dict[str, dict[str, float]], given: Arguments) -> str:
+def report(rows: dict[str, dict[str, float]], machine: dict[str, Any], given: Arguments) -> str:
     recipe = load_recipe("miniature", TrainConfig)
-    lines = [f"| measure | {' | '.join(rows)} |", "| --- " * (len(rows) + 1) + "|"]
+    table = Table("Measures", ("measure", *rows), text_columns=1)
     for measure in dict.fromkeys(key for row in rows.values() for key in row):
         shown = (f"{row[measure]:.4g}" if measure in row else "" for row in rows.values())
-        lines.append(f"| {measure.replace('_', ' ')} | {' | '.join(shown)} |")
-    head = f"""# Fine-tuning on the miniature
+        table.rows.append((measure.replace("_", " "), *shown))
+    return f"""# Fine-tuning on the miniature
 
 Miniature recipe, {recipe.max_updates} updates of {recipe.batch_size} images; {given.per_class} images per class on the
-noise of seed {given.seed}, 50 PNDM steps, guidance 2. {platform.machine()}, torch {torch.__version__}. Made by
-`bench/ablation.py`; pictures beside this file, one column per class.
+noise of seed {given.seed}, 50 PNDM steps, guidance 2. Made by `bench/ablation.py`; pictures beside this file, one
+column per class. {describe(machine)}.
 
-"""
-    return head + "\n".join(lines) + "\n"
+{table.markdown()}"""
 
 
 def main() -> None:
@@ -96,16 +96,13 @@ def main() -> None:
         played = dict(zip(given.runs, pool.map(lambda name: play(name, given), given.runs), strict=True))
     rows = {name: played[name] for name in sorted(given.runs, key=lambda name: name != "base")}
     given.out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "recipe": to_dict(load_recipe("miniature", TrainConfig)),
-        "measures": rows,
-        "torch": torch.__version__,
-    }
+    machine = machine_record()
+    record = {"recipe": to_dict(load_recipe("miniature", TrainConfig)), "measures": rows, "machine": machine}
     (given.out / "fine-tuning.json").write_text(json.dumps(record, indent=2) + "\n")
     written = given.out / "fine-tuning.md"
     before = written.read_text() if written.is_file() else ""
     reading = before.partition(READING)[2] or "\n\n(not written yet)\n"
-    written.write_text(report(rows, given) + "\n" + READING + reading)
+    written.write_text(report(rows, machine, given) + "\n" + READING + reading)
     for name in rows:
         (sheet,) = (given.work / "measured" / name).glob("*.png")
         (given.out / f"fine-tuning-{name}.png").write_bytes(sheet.read_bytes())
