@@ -18,7 +18,8 @@ from ubgen.benchmark.timing import Timing, compare
 from ubgen.benchmark.workload import Workload
 from ubgen.core.config import require_directory
 from ubgen.core.errors import UserError
-from ubgen.core.stage import atomic_write, read_manifest
+from ubgen.core.files import atomic_write
+from ubgen.core.stage import read_manifest
 from ubgen.runtime import load
 from ubgen.runtime.pipeline import NETWORKS
 

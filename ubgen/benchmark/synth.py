@@ -20,7 +20,8 @@ from ubgen.benchmark.table import Table, number
 from ubgen.core.classes import load_classes
 from ubgen.core.config import require_directory
 from ubgen.core.errors import UserError
-from ubgen.core.stage import atomic_write, read_manifest
+from ubgen.core.files import atomic_write
+from ubgen.core.stage import read_manifest
 from ubgen.runtime import Signature, load
 from ubgen.runtime.backends import parse_device
 from ubgen.synth import SynthConfig, synthesise

@@ -18,7 +18,6 @@ from typing import Any, Literal
 from ubgen import __version__
 from ubgen.core.errors import UserError
 from ubgen.core.files import Store, open_store
-from ubgen.core.files import atomic_write as atomic_write
 from ubgen.core.locks import Hold, hold
 
 RUN = "run.json"
@@ -99,91 +98,6 @@ def read_manifest(directory: str | Path | Store, *stages: str) -> dict[str, Any]
     if stages and manifest["stage"] not in stages:
         raise UserError(f"{directory} is a ubgen {manifest['stage']} directory; expected a {wanted}")
     return manifest
-
-
-@dataclass
-class StageDirectory:
-    """A stage's output while it is being written; `finish` makes it readable for the next stage."""
-
-    store: Store
-    stage: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    lock: Hold = field(default_factory=lambda: Hold(True))
-
-    @property
-    def path(self) -> Path:
-        """The directory, for a stage that needs a local one."""
-        if self.store.local_path is None:
-            raise UserError(f"{self.store}: ubgen {self.stage} writes to a local directory only")
-        return self.store.local_path
-
-    def begin(self) -> None:
-        """From here on the directory is unfinished: its manifest goes, and what killed writers left."""
-        if self.lock.exclusive:
-            self.store.delete_leftovers()
-        if self.store.size(MANIFEST) is not None:
-            self.store.delete(MANIFEST)
-
-    def finish(self, inputs: Mapping[str, Path | str], **extra: Any) -> None:
-        """Write the manifest, as the last file: config, versions, device, and the hash of every input."""
-        if not self.lock.exclusive:
-            raise RuntimeError("a stage directory that is shared cannot be finished")
-        self.store.delete_leftovers()  # of workers that died on the way
-        manifest = {
-            "stage": self.stage,
-            "config": dict(self.config),
-            "ubgen_version": __version__,
-            "versions": library_versions(),
-            "device": device_name(),
-            "inputs": {
-                name: {"path": str(path), "hash": content_hash(Path(path))} for name, path in inputs.items()
-            },
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            **extra,
-        }
-        self.lock.check()
-        self.store.write(MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
-
-
-@contextmanager
-def stage_directory(
-    out: str | Path | Store,
-    stage: str,
-    config: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-    shared: bool = False,
-) -> Iterator[StageDirectory]:
-    """`held_directory` that has begun, for a stage that has checked all its inputs by then."""
-    with held_directory(out, stage, config, overwrite=overwrite, shared=shared) as held:
-        held.begin()
-        yield held
-
-
-@contextmanager
-def held_directory(
-    out: str | Path | Store,
-    stage: str,
-    config: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-    shared: bool = False,
-) -> Iterator[StageDirectory]:
-    """Hold `out`, a directory or URL, for one writer while the block runs; it stays as it is until `begin` is called.
-
-    An unfinished directory is handed over as it is, to resume. `overwrite` lets in a finished one too, of which `begin`
-    takes only the manifest away; what becomes of its content is the stage's business. `shared` lets in other writers
-    that are shared too (see `ubgen.core.locks.hold`); such a one cannot finish the directory.
-
-    UserError when `out` is not writable, held by another process, or finished and `overwrite` is False.
-    """
-    if shared and overwrite:
-        raise ValueError("only one that has the directory alone may overwrite it")
-    store = open_store(out)
-    with hold(store, shared=shared) as lock:
-        if store.size(MANIFEST) is not None and not overwrite:
-            raise UserError(f"{out} is already finished; choose another --out, or pass --overwrite")
-        yield StageDirectory(store, stage, config, lock)
 
 
 State = Literal["new", "unfinished", "finished"]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ubgen.core.classes import load_classes
-from ubgen.core.stage import atomic_write
+from ubgen.core.files import atomic_write
 from ubgen.diffusion import StableDiffusion, decode, load_stable_diffusion
 from ubgen.miniature.measure import Judge, Measures, contact_sheet, generate
 from ubgen.miniature.shapes import CLASSES, TRAIN_CLASSES

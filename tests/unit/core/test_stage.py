@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 
 from ubgen.core.errors import UserError
-from ubgen.core.files import Store, open_store
+from ubgen.core.files import Store, atomic_write, open_store
 from ubgen.core.stage import (
     MANIFEST,
     RUN,
     Stage,
-    atomic_write,
     content_hash,
     first_difference,
     read_manifest,
@@ -342,7 +341,7 @@ def test_a_full_disk_leaves_the_old_content(tmp_path):
     path = tmp_path / "f"
     path.write_text("old")
     program = (
-        "import resource, signal, sys; from pathlib import Path; from ubgen.core.stage import atomic_write\n"
+        "import resource, signal, sys; from pathlib import Path; from ubgen.core.files import atomic_write\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "atomic_write(Path(sys.argv[1]), b'x' * 100_000)"
