@@ -16,7 +16,6 @@ from rich.console import Console
 from ubgen.core.classes import load_classes
 from ubgen.core.config import load_recipe
 from ubgen.core.errors import UserError, run
-from ubgen.core.stage import MANIFEST
 from ubgen.dataset import encode_image, open_dataset
 from ubgen.diffusion import load_stable_diffusion
 from ubgen.miniature.measure import WEIGHTS, Judge, generate, table
@@ -52,11 +51,8 @@ class Arguments:
 
 
 def stage(console: Console, out: Path, command: list[str]) -> None:
-    """Run one ubgen command as the user would type it, unless its output is finished already."""
+    """Run one ubgen command as the user would type it; where its output is finished, it says so."""
     shown = shlex.join([*command, "--out", str(out)])
-    if (out / MANIFEST).is_file():
-        console.print(f"\n[dim]{shown}[/]\nalready finished: {out}")
-        return
     console.print(f"\n[bold]$ {shown}[/]", soft_wrap=True)
     program = Path(sys.executable).parent / command[0]
     if subprocess.run([program, *command[1:], "--out", out]).returncode:

@@ -18,12 +18,12 @@ from ubgen.train import TrainConfig, train
 class Arguments:
     """Fine-tune the generator with the paper's losses; the defaults shown are the recipe's.
 
-    Run the same command again to continue an interrupted run.
+    Run the same command again to continue an interrupted run; on a finished one it says so and changes nothing.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     recipe: str = "miniature"
-    """A shipped recipe (miniature, sd15-imagenet1k, sd15-imagenet100) or a TOML file."""
+    """A shipped recipe (miniature, sd15-imagenet1k) or a TOML file."""
     out: Path = Path("runs/train")
     """Directory for the results."""
     overwrite: bool = False

@@ -26,8 +26,3 @@ def degrade(image_HW3: np.ndarray, kind: str, severity: float, rng: np.random.Ge
         grey = image_HW3.mean()
         return np.rint(grey + (image_HW3 - grey) * (1 - 0.8 * severity)).astype(np.uint8)
     raise ValueError(f"unknown degradation {kind!r}; one of {', '.join(KINDS)}")
-
-
-def level_index(severity: float) -> int:
-    """0 (excellent) … 4 (bad): five equal steps of the severity."""
-    return min(int(severity * 5), 4)

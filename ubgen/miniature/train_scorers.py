@@ -151,9 +151,9 @@ def train_clip(work: Path, directory: Path, budget: Budget, seed: int) -> None:
     save_file(model.state_dict(), directory / "open_clip_model.safetensors")
 
 
-def quality_world(world: World | None = None) -> World:
+def quality_world() -> World:
     """The fair world over the whole range of every degradation."""
-    return world or fair_world(severity_range=(0.0, 1.0))
+    return fair_world(severity_range=(0.0, 1.0))
 
 
 def train_qalign(work: Path, directory: Path, budget: Budget, seed: int) -> None:

@@ -53,17 +53,16 @@ def fit(
     lr: float,
     seed: int,
     checkpoint: Path,
-    average: float = 0.0,
-    weight_decay: float = 0.01,
+    average: float,
 ) -> None:
     """AdamW with a cosine schedule. Continues from `checkpoint` (written every few minutes) when it exists.
 
     The batch of step i is drawn from a generator seeded by (seed, i), so a continued run sees the batches that
-    an uninterrupted one would have seen. With `average` > 0 the model ends as the exponential moving average
-    of its weights.
+    an uninterrupted one would have seen. The model ends as the exponential moving average of its weights, with
+    factor `average`.
     """
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-    averaged = {k: v.detach().clone() for k, v in model.state_dict().items()} if average else {}
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    averaged = {k: v.detach().clone() for k, v in model.state_dict().items()}
     start = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -79,7 +78,7 @@ def fit(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        for k, v in model.state_dict().items() if average else ():
+        for k, v in model.state_dict().items():
             decay = min(average, (step + 1) / (step + 10))
             averaged[k].lerp_(v, 1 - decay) if v.is_floating_point() else averaged[k].copy_(v)
         report(step, loss)
@@ -92,5 +91,4 @@ def fit(
             }
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").rename(checkpoint)
-    if average:
-        model.load_state_dict(averaged)
+    model.load_state_dict(averaged)

@@ -1,4 +1,4 @@
-"""Everything that a training run can be told.
+"""The options of a training run.
 
 Defaults are the paper's (Table 5), or the authors' released code's where it is silent.
 """
@@ -99,8 +99,8 @@ class LossConfig:
     log_unused: bool = True
     """Also measure the rewards whose weight is 0, without gradient; otherwise their networks are not loaded."""
     entire_rise: tuple[float, float] | None = None
-    """Rise of the training images' mean CLIP similarity over the warm-up's at which the entire loss's weight
-    sets in, and at which it is whole; it gives way where similarity falls back. Without it, the weight stays whole."""
+    """Two rises of the mean CLIP similarity over the warm-up's: the entire loss's weight grows from 0 at the first to
+    its full value at the second. It shrinks again where similarity falls back. None: always the full weight."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class GeneratorConfig:
     lora_alpha: float | None = None
     """LoRA scale times rank; the rank itself if not given."""
     lora_layers: Literal["attention", "transformer"] = "attention"
-    """Where the LoRA lies: on the projections of every attention (the paper), or also on the feed-forward layers and
-    the projections into and out of the transformer blocks."""
+    """Layers with a LoRA: the projections of every attention (the paper), or also the feed-forward layers and the
+    projections into and out of the transformer blocks."""
     lr: float = 2e-5
     """Learning rate, constant."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -125,9 +125,9 @@ class GeneratorConfig:
     clip: float = 0.1
     """Largest global gradient norm."""
     average_last: int = 0
-    """The result is the mean of the LoRA after each of this many last updates; 0: the LoRA after the last one."""
+    """The result is the mean of the LoRA over this many last updates; 0: the LoRA after the last one."""
     average_strength: float = 1.0
-    """How far that mean goes: its change of the UNet's weights is multiplied by this."""
+    """Factor on that mean's change of the UNet's weights."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ class DiscriminatorConfig:
     slope: float = 0.2
     """Slope of the LeakyReLU."""
     features: Literal["raw", "normalised", "centred"] = "raw"
-    """CLIP features as they come, L2-normalised, or also less the mean of their side, which a warm-up finds."""
+    """The input: CLIP features as they are, L2-normalised, or L2-normalised and centred. Centred: images and texts each
+    lose their own mean; the images' mean is measured in the warm-up."""
     lr: float = 1e-5
     """Learning rate against the generator, constant."""
     betas: tuple[float, float] = (0.0, 0.999)
@@ -201,7 +202,7 @@ class TrainConfig:
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     """The UNet's attention: xformers where it is installed and supports the device, otherwise PyTorch's."""
     device: Literal["auto", "cpu"] = "auto"
-    """"auto" takes a GPU where there is one."""
+    """"auto" uses a GPU if there is one."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     losses: LossConfig = field(default_factory=LossConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
@@ -229,15 +230,13 @@ def validate(config: TrainConfig) -> None:
         )
     if config.generator.average_strength != 1 and config.generator.average_last == 0:
         raise UserError(
-            "generator.average_strength strengthens a mean that generator.average_last 0 does not take; "
+            "generator.average_strength needs a mean, but generator.average_last is 0; "
             "add --generator.average-strength 1"
         )
     opponent = config.discriminator
     warmup = opponent.warmup_epochs if opponent.warmup_updates is None else opponent.warmup_updates
     if config.losses.entire > 0 and opponent.features == "centred" and warmup == 0:
-        raise UserError(
-            'discriminator.features "centred" needs a warm-up, in which the images\' centre is found'
-        )
+        raise UserError('discriminator.features "centred" needs a warm-up, which measures the images\' mean')
     if config.losses.entire_rise is not None:
         low, high = config.losses.entire_rise
         if not 0 <= low < high:
@@ -246,8 +245,8 @@ def validate(config: TrainConfig) -> None:
             raise UserError("losses.entire_rise needs a warm-up, in which the base similarity is measured")
         if config.losses.entire > 0 and config.losses.individual == 0:
             raise UserError(
-                "losses.entire_rise waits for a similarity that only the individual loss raises, and its weight is 0: "
-                "the entire loss would never set in; add --losses.entire-rise None"
+                "losses.entire_rise needs the individual loss, whose weight is 0: nothing else raises similarity, "
+                "so the entire loss would never set in; add --losses.entire-rise None"
             )
 
 
@@ -274,7 +273,7 @@ def network_paths(config: TrainConfig) -> dict[str, Path]:
 
 
 def _require(config: TrainConfig, names: tuple[str, ...], wanted: str, holds: Callable[[Any], bool]) -> None:
-    """An option that is None is not given."""
+    """UserError unless `holds` of each of these options that is not None."""
     for name in names:
         value = attrgetter(name)(config)
         if value is not None and not holds(value):

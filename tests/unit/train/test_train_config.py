@@ -10,7 +10,7 @@ from ubgen.train.config import validate
 CONFIG = TrainConfig(networks=NetworkPaths("sd", "clip", "qalign"), classes="imagenet1k")
 
 
-@pytest.mark.parametrize("name", ["miniature", "sd15-imagenet1k", "sd15-imagenet100"])
+@pytest.mark.parametrize("name", ["miniature", "sd15-imagenet1k"])
 def test_shipped_recipes_are_valid(name: str) -> None:
     validate(load_recipe(name, TrainConfig))
 
@@ -28,12 +28,6 @@ def test_the_paper_recipe_is_table_5_and_the_defaults() -> None:
         CONFIG, networks=recipe.networks, losses=recipe.losses, output=recipe.output
     )
     assert recipe == defaults
-
-
-def test_the_imagenet100_recipe_differs_in_the_classes_only() -> None:
-    small, large = (load_recipe(f"sd15-imagenet{n}", TrainConfig) for n in ("100", "1k"))
-    assert small.classes == "imagenet100"
-    assert dataclasses.replace(small, classes=large.classes, output=large.output) == large
 
 
 @pytest.mark.parametrize(
