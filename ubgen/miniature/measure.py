@@ -22,6 +22,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ubgen.core import console
 from ubgen.core.classes import load_classes
 from ubgen.core.config import require_directory, resolve_path
 from ubgen.core.errors import UserError, run
@@ -154,13 +155,12 @@ def contact_sheet(images_NHW3: np.ndarray, columns: int, rows: int) -> Image.Ima
 
 def table(rows: dict[str, Measures], title: str) -> Table:
     """One column per generator, one line per measure."""
-    made = Table("measure", *rows, title=title)
-    for field in fields(Measures):
-        values = [getattr(m, field.name) for m in rows.values()]
-        made.add_row(
-            field.name.replace("_", " "), *(str(v) if isinstance(v, int) else f"{v:.3f}" for v in values)
-        )
-    return made
+    measures = {f.name: [getattr(measured, f.name) for measured in rows.values()] for f in fields(Measures)}
+    cells = [
+        (name.replace("_", " "), *(str(v) if isinstance(v, int) else f"{v:.3f}" for v in values))
+        for name, values in measures.items()
+    ]
+    return console.table(title, ["measure", *rows], cells)
 
 
 @dataclass(frozen=True)

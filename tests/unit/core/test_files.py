@@ -1,5 +1,6 @@
 """Directories of files: local ones and those behind fsspec behave alike, and a file is there only when it is whole."""
 
+import json
 import os
 import pickle
 import shutil
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ubgen.core.errors import UserError
-from ubgen.core.files import Store, open_store
+from ubgen.core.files import Store, atomic_write, open_store
 
 NAMES = st.sampled_from(["a", "b.json", ".lock", "shard-000000.tar"])
 STEPS = st.one_of(
@@ -244,3 +245,30 @@ def test_a_read_only_directory_names_the_file(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     with pytest.raises(PermissionError, match=str(tmp_path)):
         open_store(tmp_path).write("f", b"x")
+
+
+def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "f.json"
+    atomic_write(path, json.dumps({"a": 1}))
+    atomic_write(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_a_full_disk_leaves_the_old_content(tmp_path):
+    """A file-size limit stands in for the full disk: the write fails in its middle, as it does there."""
+    path = tmp_path / "f"
+    path.write_text("old")
+    program = (
+        "import resource, signal, sys; from pathlib import Path; from ubgen.core.files import atomic_write\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "atomic_write(Path(sys.argv[1]), b'x' * 100_000)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 1
+    assert "File too large" in answer.stderr
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]

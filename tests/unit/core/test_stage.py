@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ubgen.core.errors import UserError
-from ubgen.core.files import Store, atomic_write, open_store
+from ubgen.core.files import Store, open_store
 from ubgen.core.stage import (
     MANIFEST,
     RUN,
@@ -326,30 +326,3 @@ def test_content_hash_of_a_known_file(tmp_path):
 def test_content_hash_of_nothing_is_the_users_mistake(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         content_hash(tmp_path / "nothing")
-
-
-def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path):
-    path = tmp_path / "f.json"
-    atomic_write(path, json.dumps({"a": 1}))
-    atomic_write(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
-
-
-def test_a_full_disk_leaves_the_old_content(tmp_path):
-    """A file-size limit stands in for the full disk: the write fails in its middle, as it does there."""
-    path = tmp_path / "f"
-    path.write_text("old")
-    program = (
-        "import resource, signal, sys; from pathlib import Path; from ubgen.core.files import atomic_write\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "atomic_write(Path(sys.argv[1]), b'x' * 100_000)"
-    )
-    answer = subprocess.run(
-        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False
-    )
-    assert answer.returncode == 1
-    assert "File too large" in answer.stderr
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["f"]
