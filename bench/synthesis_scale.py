@@ -25,9 +25,10 @@ from torch import Tensor
 
 from ubgen.core.stage import read_manifest
 from ubgen.dataset import encode_image
-from ubgen.synth import SynthConfig, synthesise
+from ubgen.synth import SynthConfig
 from ubgen.synth.generator import Scored
 from ubgen.synth.plan import Item
+from ubgen.synth.synthesise import synthesise
 
 # ubgen.benchmark is imported by the functions that need it: with all its peers it is 170 MB larger than synthesis
 CLASSES, SHARD, FEW = 1000, 1000, 13_000

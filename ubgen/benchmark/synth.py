@@ -24,9 +24,10 @@ from ubgen.core.files import atomic_write
 from ubgen.core.stage import read_manifest
 from ubgen.runtime import Signature, load
 from ubgen.runtime.backends import parse_device
-from ubgen.synth import SynthConfig, synthesise
+from ubgen.synth import SynthConfig
 from ubgen.synth.generator import Generator, open_engine
 from ubgen.synth.plan import Item, Plan
+from ubgen.synth.synthesise import synthesise
 
 SIDES = ("bare", "diffusers")
 Say = Callable[[str], None]

@@ -1,16 +1,22 @@
 """ubgen-synth: make an annotated dataset with an engine."""
 
+from typing import TYPE_CHECKING
+
 import tyro
 from rich.console import Console
 
 from ubgen.core.console import progress
 from ubgen.core.errors import run
-from ubgen.synth import SynthConfig, Synthesised, synthesise
-from ubgen.synth.synthesise import shares_text
+from ubgen.synth import SynthConfig
+
+if TYPE_CHECKING:
+    from ubgen.synth.synthesise import Synthesised
 
 
 def synth(config: SynthConfig) -> None:
     """Synthesise a dataset: N images of every class, each with its class, identity and scores."""
+    from ubgen.synth.synthesise import synthesise
+
     console = Console()
     with progress(console, "synthesis", "images") as report:
         result = synthesise(
@@ -20,7 +26,9 @@ def synth(config: SynthConfig) -> None:
         console.print(line, soft_wrap=True, markup=False)
 
 
-def _report(result: Synthesised) -> list[str]:
+def _report(result: "Synthesised") -> list[str]:
+    from ubgen.synth.synthesise import shares_text
+
     speed = f"{result.made} made now, {result.images_per_second:.2f}/s"
     if result.found:
         speed = f"finished already, made at {result.images_per_second:.2f}/s"

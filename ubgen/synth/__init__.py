@@ -1,7 +1,8 @@
-"""From an engine and a class list to an annotated dataset."""
+"""From an engine and a class list to an annotated dataset.
 
-from ubgen.synth.audit import Audit, audit
+`synthesise` and `audit` stand in modules of their names: options are read without torch.
+"""
+
 from ubgen.synth.config import SynthConfig
-from ubgen.synth.synthesise import Synthesised, synthesise
 
-__all__ = ["Audit", "SynthConfig", "Synthesised", "audit", "synthesise"]
+__all__ = ["SynthConfig"]

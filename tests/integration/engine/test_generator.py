@@ -15,9 +15,10 @@ from ubgen.dataset import open_dataset
 from ubgen.export import Exported
 from ubgen.runtime import Network, load
 from ubgen.runtime.pipeline import Pipeline
-from ubgen.synth import SynthConfig, synthesise
+from ubgen.synth import SynthConfig
 from ubgen.synth.generator import Generator
 from ubgen.synth.plan import Item, Plan
+from ubgen.synth.synthesise import synthesise
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from ubgen.export import Exported
-from ubgen.synth import SynthConfig, synthesise
+from ubgen.synth import SynthConfig
+from ubgen.synth.synthesise import synthesise
 
 pytest.importorskip("ray")
 

@@ -25,7 +25,9 @@ from ubgen.dataset import open_dataset
 from ubgen.diffusion import decode, encode_prompts, initial_noise, load_stable_diffusion, merge_lora, sample
 from ubgen.export import Exported
 from ubgen.rewards import Clip, QAlign
-from ubgen.synth import SynthConfig, audit, synthesise
+from ubgen.synth import SynthConfig
+from ubgen.synth.audit import audit
+from ubgen.synth.synthesise import synthesise
 
 NAMES = ("crane", "red wine", "drake's egg", "stop sign", "ox")
 STEPS = 4

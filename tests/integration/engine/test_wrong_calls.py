@@ -14,7 +14,8 @@ from ubgen.cli import synth as synth_command
 from ubgen.core.errors import UserError
 from ubgen.core.stage import read_manifest
 from ubgen.export import Exported
-from ubgen.synth import SynthConfig, synthesise
+from ubgen.synth import SynthConfig
+from ubgen.synth.synthesise import synthesise
 
 Called = tuple[int, str, str]
 Call = Callable[..., Called]

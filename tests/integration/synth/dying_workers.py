@@ -22,9 +22,10 @@ import torch
 from killed_runs import FromIdentities, config, no_engine
 
 from ubgen.core.errors import UserError
-from ubgen.synth import SynthConfig, synthesise
+from ubgen.synth import SynthConfig
 from ubgen.synth.generator import Scored
 from ubgen.synth.plan import Item
+from ubgen.synth.synthesise import synthesise
 
 ROOT = Path(sys.argv[1])
 ENGINE, DEAD, ASKED = ROOT / "engine", ROOT / "dead", ROOT / "dead-asked"

@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 
 from ubgen.core.errors import run
 from ubgen.dataset import finished_shards
-from ubgen.synth import synthesise
+from ubgen.synth.synthesise import synthesise
 
 ROOT = Path(sys.argv[1])
 OUT, SPACE = ROOT / "out", ROOT / "space"

@@ -18,9 +18,10 @@ import torch
 
 from ubgen.core.stage import MANIFEST
 from ubgen.diffusion import initial_noise
-from ubgen.synth import SynthConfig, synthesise
+from ubgen.synth import SynthConfig
 from ubgen.synth.generator import Scored
 from ubgen.synth.plan import Item
+from ubgen.synth.synthesise import synthesise
 
 
 class FromIdentities:

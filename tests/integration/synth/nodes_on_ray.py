@@ -19,8 +19,8 @@ from killed_runs import FromIdentities, config
 from ray.cluster_utils import Cluster
 
 from ubgen.dataset import finished_shards
-from ubgen.synth import synthesise
 from ubgen.synth.plan import Item
+from ubgen.synth.synthesise import synthesise
 
 ROOT = Path(sys.argv[1])
 OUT, FIRST, WAITS, LEFT = (ROOT / name for name in ("out", "first", "waits", "left"))

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from ubgen.dataset import is_marked_synthetic, open_dataset, open_store
 from ubgen.dataset.tools.verify import verify
-from ubgen.synth import SynthConfig, audit, synthesise
+from ubgen.synth import SynthConfig
+from ubgen.synth.audit import audit
 from ubgen.synth.encode import NvjpegEncoder
 from ubgen.synth.generator import Scored
 from ubgen.synth.plan import Item
+from ubgen.synth.synthesise import synthesise
 
 pytestmark = pytest.mark.gpu
 Settings = Callable[..., SynthConfig]

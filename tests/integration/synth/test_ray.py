@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ubgen.synth import synthesise
+from ubgen.synth.synthesise import synthesise
 
 pytest.importorskip("ray")
 

@@ -21,9 +21,10 @@ from ubgen.core.errors import UserError
 from ubgen.core.stage import read_manifest, read_run
 from ubgen.dataset import ShardWriter, is_marked_synthetic, open_dataset, open_store
 from ubgen.dataset.tools.verify import verify
-from ubgen.synth import SynthConfig, synthesise
+from ubgen.synth import SynthConfig
 from ubgen.synth.plan import Item
 from ubgen.synth.speed import speed_files
+from ubgen.synth.synthesise import synthesise
 
 Settings = Callable[..., SynthConfig]
 
