@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 from rich.console import Console
@@ -10,8 +11,9 @@ from rich.table import Table
 from ubgen.core.config import shipped_engine_specs
 from ubgen.core.console import table
 from ubgen.core.errors import UserError, run
-from ubgen.export import EngineSpec, Exported, Planned, export_engine, load_spec, machine_problem, plan_export
-from ubgen.export.parity import JSON, PICTURES, TABLE
+
+if TYPE_CHECKING:
+    from ubgen.export import EngineSpec, Exported, Planned
 
 
 def export(
@@ -39,6 +41,8 @@ def export(
         dry_run: Show what would be built, with sizes, and do nothing. Reads config files alone.
         list_specs: Show the shipped specs and whether this machine can build them, and do nothing.
     """
+    from ubgen.export import export_engine, load_spec, plan_export
+
     console = Console()
     if list_specs:
         _print(console, _spec_lines())
@@ -67,6 +71,8 @@ def _print(console: Console, lines: Iterable[str]) -> None:
 
 
 def _spec_lines() -> Iterator[str]:
+    from ubgen.export import load_spec, machine_problem
+
     for name, path in sorted(shipped_engine_specs().items()):
         spec = load_spec(path)
         reason = machine_problem(spec)
@@ -78,11 +84,13 @@ def _spec_lines() -> Iterator[str]:
         yield f"    not on this machine: {reason}" if reason else "    this machine can build it"
 
 
-def _distinct(spec: EngineSpec, field: str) -> str:
+def _distinct(spec: "EngineSpec", field: str) -> str:
     return ", ".join(dict.fromkeys(getattr(network, field) for _, network in spec.networks.items()))
 
 
-def _plan_lines(planned: Planned) -> Iterator[str]:
+def _plan_lines(planned: "Planned") -> Iterator[str]:
+    from ubgen.export.parity import JSON, PICTURES, TABLE
+
     for network in planned.networks:
         spec, state = network.spec, "built" if network.name in planned.built else "to build"
         yield f"{network.name}: {spec.compiler}, {spec.precision}, {state}"
@@ -106,7 +114,7 @@ def _size(count: int) -> str:
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
-def _table(exported: Exported) -> Table:
+def _table(exported: "Exported") -> Table:
     rows = [
         (
             row.network,
@@ -122,7 +130,7 @@ def _table(exported: Exported) -> Table:
     return table("Engines against PyTorch in float32 on real inputs", columns, rows, text_columns=2)
 
 
-def _pipeline_lines(exported: Exported) -> Iterator[str]:
+def _pipeline_lines(exported: "Exported") -> Iterator[str]:
     for row in exported.parity:
         if row.kept_float32:
             yield f"{row.network}: in float32 {', '.join(row.kept_float32)}"

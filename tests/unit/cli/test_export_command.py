@@ -6,7 +6,7 @@ import pytest
 
 from ubgen.cli import export
 from ubgen.core.config import shipped_engine_specs
-from ubgen.export import machine_problem
+from ubgen.export import load_spec, machine_problem
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_every_shipped_spec_is_listed_with_what_is_missing(shown):
     assert heads == sorted(shipped_engine_specs())
     assert len(lines) == 4 * len(heads)
     for name, row in zip(heads, range(0, len(lines), 4), strict=True):
-        spec = export.load_spec(name)
+        spec = load_spec(name)
         reason = machine_problem(spec)
         assert f" on {spec.device}, " in lines[row + 1]
         assert lines[row + 1].endswith(f" {spec.image_size} px")
@@ -39,7 +39,7 @@ def test_every_shipped_spec_is_listed_with_what_is_missing(shown):
 
 def test_a_dry_run_shows_every_network_and_writes_nothing(shown, tmp_path):
     text = shown("--spec", "miniature", "--out", tmp_path / "engine", "--dry-run")
-    names = [name for name, _ in export.load_spec("miniature").networks.items()]
+    names = [name for name, _ in load_spec("miniature").networks.items()]
     assert re.findall(r"^(\w+): onnxruntime, float32, to build$", text, re.MULTILINE) == names
     assert len(re.findall(r"[\d.]+ M parameters, [\d.]+ MiB; for each row [\d.]+ GFLOP", text)) == len(names)
     assert "    latents: " in text

@@ -26,7 +26,7 @@ finally:
 """
 
 
-@pytest.mark.parametrize("command", ["bench", "dataset", "doctor", "synth"])
+@pytest.mark.parametrize("command", ["bench", "dataset", "doctor", "export", "synth", "train"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     answer = subprocess.run(
         [sys.executable, "-c", PROGRAM, command], capture_output=True, text=True, check=False
