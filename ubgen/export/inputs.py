@@ -1,4 +1,4 @@
-"""Real inputs for the parity gate: prompts, denoising trajectories, their final latents, the decoded images."""
+"""Real inputs for the comparison with PyTorch: prompts, denoising trajectories, final latents, decoded images."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -208,7 +208,7 @@ def smallest(blocks: Sequence[str], passes: Callable[[Sequence[str]], bool]) -> 
 
 
 def _open(kept: Sequence[str], search: "_Search") -> list[str]:
-    """Each block replaced by those of its own blocks that are needed, where they suffice."""
+    """Replace each block by the blocks inside it that are needed, where they suffice."""
     current = list(kept)
     for block in kept:
         inner = _blocks(search.calls, block)

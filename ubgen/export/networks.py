@@ -4,7 +4,6 @@ They are put together here alone, with weights or on "meta" for a plan.
 """
 
 import copy
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ubgen.core.config import require_directory
 from ubgen.core.errors import UserError
+from ubgen.core.weights import read_json_object
 from ubgen.diffusion import StableDiffusion
 from ubgen.export.exportable import Exportable
 from ubgen.export.qalign_graph import QAlignScorer
@@ -211,27 +210,21 @@ def _meta_stable_diffusion(path: Path) -> StableDiffusion:
 
     with torch.device("meta"):
         return StableDiffusion(
-            unet=UNet2DConditionModel.from_config(_config(path / "unet")).eval(),
-            vae=AutoencoderKL.from_config(_config(path / "vae")).eval(),
-            text_encoder=CLIPTextModel(CLIPTextConfig(**_config(path / "text_encoder"))).eval(),
+            unet=UNet2DConditionModel.from_config(read_json_object(path / "unet" / "config.json")).eval(),
+            vae=AutoencoderKL.from_config(read_json_object(path / "vae" / "config.json")).eval(),
+            text_encoder=CLIPTextModel(
+                CLIPTextConfig(**read_json_object(path / "text_encoder" / "config.json"))
+            ).eval(),
             tokenizer=None,
             scheduler=None,
             path=path,
         )
 
 
-def _config(directory: Path) -> dict[str, Any]:
-    file = require_directory(directory, "--stable-diffusion", "config.json") / "config.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{file} is not valid JSON") from None
-
-
 def _meta_clip(path: Path) -> Clip:
     import open_clip
 
-    with torch.device("meta"), _without_warnings():  # it warns about weights that nobody asked it to load
+    with torch.device("meta"), _without_warnings():  # it warns that no weights are loaded
         model = open_clip.create_model(f"local-dir:{path}", load_weights=False, device="meta")
     side = model.visual.image_size  # open_clip gives a pair for its transformers
     return Clip(model.eval(), None, side if isinstance(side, int) else side[0], 0)

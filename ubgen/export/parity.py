@@ -21,7 +21,7 @@ from ubgen.export.spec import NetworkSpec, ParitySpec
 from ubgen.runtime import Network, run_rows
 from ubgen.runtime.pipeline import Pipeline
 
-EQUAL_PSNR = 100.0  # dB, given where there is no difference at all
+EQUAL_PSNR = 100.0  # dB, for equal images
 JSON, TABLE, PICTURES = "parity.json", "parity.md", "parity.png"
 _TILE = 192  # pixels: larger images are shown smaller
 _GAIN = 16  # of the shown difference

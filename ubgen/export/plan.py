@@ -146,7 +146,7 @@ def memory_problem(
 
 
 def _scratch(plans: list[NetworkPlan]) -> int:
-    """Bytes beside the weights: engines keep them; AOTInductor borrows PyTorch's, but keeps those of CUDA graphs."""
+    """Bytes beside the weights. Engines keep theirs; AOTInductor returns them after a call, except with CUDA graphs."""
     kept, given_back = [0], [0]
     for plan in plans:
         returns = plan.spec.compiler == "aotinductor" and not plan.spec.options.cuda_graphs

@@ -12,7 +12,7 @@ from ubgen.rewards.qalign_model import DecoderLayer, Multiway
 
 
 class QAlignScorer(nn.Module):
-    """pixels (B,H,W,3) uint8 -> score (B,) float32 in [1, 5], that of `QAlign.score`; preprocessing is inside.
+    """pixels (B,H,W,3) uint8 -> score (B,) float32 in [1, 5], as `QAlign.score`; preprocessing is inside.
 
     The text before the image sees nothing but itself (attention is causal): its keys and values are computed
     here, once, and kept as constants. The last layer is computed at the last position only, apart from its keys
@@ -51,7 +51,7 @@ class QAlignScorer(nn.Module):
         rows = qalign.lm_head.weight[qalign.level_ids.to(before.device)]
         self.head = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
         self.head.weight = nn.Parameter(rows, requires_grad=False)
-        # added to the attention's logits: nobody sees what comes later
+        # added to the attention's logits: no position sees later ones
         mask = torch.full((length - prefix, length), -torch.inf, dtype=before.dtype, device=before.device)
         self.register_buffer("after", after)
         self.register_buffer("cos", cos[prefix:].clone())
@@ -82,7 +82,7 @@ class QAlignScorer(nn.Module):
 class FoldedLayer(nn.Module):
     """A decoder layer for the image's tokens and the text after them: (B, R, D) -> (B, R, D).
 
-    `keys` and `values` (1, heads, P, head width) are those of the P positions before. The `last` layer returns
+    `keys` and `values` (1, heads, P, head width) belong to the P positions before. The `last` layer returns
     (B, 1, D), its last position.
     """
 

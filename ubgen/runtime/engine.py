@@ -85,7 +85,7 @@ def load(engine_dir: str | Path, device: str = "cpu", threads: int | None = None
 
 
 def check_engine(directory: Path, engine: Mapping[str, Any], spec: Mapping[str, Any], device: str) -> None:
-    """UserError naming the part when the directory, the compilers or the device are not those of its key."""
+    """UserError naming the part when the directory, the compilers or the device do not match its key."""
     parts = engine["parts"]
     if json_hash(parts) != engine["key"]:
         raise UserError(

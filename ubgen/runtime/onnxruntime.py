@@ -29,7 +29,7 @@ def open_network(
 ) -> Network:
     """The graph at `path`, run by `options["provider"]` ("cpu" or "cuda"; default: cpu).
 
-    UserError when the file is no graph of this signature, or the provider cannot run it here.
+    UserError when the file is not a graph, or the provider cannot run it here.
     """
     provider = options.get("provider", "cpu")
     if (provider == "cpu") != (torch.device(device).type == "cpu"):
@@ -44,7 +44,7 @@ class OnnxRuntimeNetwork(Network):
 
     def __init__(self, name: str, path: Path, signature: Signature, threads: int) -> None:
         super().__init__(name, signature, "cpu")
-        self._session = open_session(path, signature, threads, "CPUExecutionProvider")
+        self._session = open_session(path, threads, "CPUExecutionProvider")
 
     def _run(self, inputs: dict[str, Tensor], sizes: dict[str, int]) -> dict[str, Tensor]:
         outputs = _outputs(self.signature, sizes, self.device)
@@ -68,7 +68,7 @@ class OnnxRuntimeGpuNetwork(Network):
         self._stream = torch.cuda.Stream(device)
         graphs = bool(options.get("cuda_graphs"))
         settings = _cuda_settings(self._stream, graphs)
-        self._session = open_session(path, signature, threads, "CUDAExecutionProvider", settings)
+        self._session = open_session(path, threads, "CUDAExecutionProvider", settings)
         self._graphed = GraphedCalls(self._eager, self._capture) if graphs else None
         self._captured = 0
 
@@ -125,7 +125,7 @@ def _session_options(threads: int) -> ort.SessionOptions:
 
 
 def open_session(
-    path: Path, signature: Signature, threads: int, provider: str, settings: Mapping[str, str] | None = None
+    path: Path, threads: int, provider: str, settings: Mapping[str, str] | None = None
 ) -> ort.InferenceSession:
     """A session of the provider, or UserError: ONNX Runtime itself would run on the CPU with a mere warning."""
     if provider not in ort.get_available_providers():
@@ -138,18 +138,7 @@ def open_session(
         raise UserError(f"{path} cannot be opened by ONNX Runtime: {_first_line(error)}") from error
     if session.get_providers()[0] != provider:
         raise UserError(f"{path}: ONNX Runtime could not start {provider}; are its CUDA libraries installed?")
-    _check_graph(path, session, signature)
     return session
-
-
-def _check_graph(path: Path, session: ort.InferenceSession, signature: Signature) -> None:
-    for kind, specs, found in (
-        ("inputs", signature.inputs, session.get_inputs()),
-        ("outputs", signature.outputs, session.get_outputs()),
-    ):
-        wanted = {spec.name for spec in specs}
-        if wanted != (names := {value.name for value in found}):
-            raise UserError(f"{path}: its {kind} are {sorted(names)}, not {sorted(wanted)}; export it again")
 
 
 def _outputs(signature: Signature, sizes: Mapping[str, int], device: str) -> dict[str, Tensor]:

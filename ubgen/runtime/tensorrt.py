@@ -128,7 +128,7 @@ def open_plan(path: Path) -> trt.ICudaEngine:
     What TensorRT warns of meanwhile is passed on: above all that the plan was built on another GPU model.
     """
     runtime = _runtime()
-    LOG.warnings.clear()  # those of a build, many and of no use
+    LOG.warnings.clear()  # left by a build: many, and of no use
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise UserError(f"{path} cannot be opened by TensorRT {trt.__version__}{why()}")
@@ -147,7 +147,7 @@ def _runtime() -> trt.Runtime:
 
 
 def check_plan(path: Path, engine: trt.ICudaEngine, signature: Signature) -> None:
-    """UserError when names, types or shape ranges of the plan are not those of `signature`."""
+    """UserError when names, types or shape ranges of the plan differ from `signature`."""
     names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
     wanted = {spec.name for spec in (*signature.inputs, *signature.outputs)}
     if names != wanted:

@@ -1,4 +1,4 @@
-"""Where an engine may be written. What lies there already belongs to somebody."""
+"""What an engine is made from, and where it may be written."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ def test_an_export_never_touches_the_weights(tmp_path: Path, out: str) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("there", ["clip/notes.txt", "unet.safetensors", "tokenizer/vocab.json"])
-def test_a_directory_of_somebody_else_stays_as_it_is(tmp_path: Path, there: str, overwrite: bool) -> None:
+def test_a_foreign_directory_stays_as_it_is(tmp_path: Path, there: str, overwrite: bool) -> None:
     file = tmp_path / there
     file.parent.mkdir(exist_ok=True)
     file.write_text("mine")

@@ -44,7 +44,7 @@ def compile_network(
 def one_line(name: str, compiler: str) -> Iterator[None]:
     """What goes wrong inside a compiler, of any kind and often pages long, as a UserError; the cause stays attached.
 
-    The line is that of the error which the others were raised from: it names the operator, they show the graph.
+    The line is from the innermost cause: it names the operator, while later errors show the graph.
     """
     try:
         yield

@@ -14,7 +14,7 @@ from ubgen.core import probes
 from ubgen.core.errors import UserError
 from ubgen.export.exportable import Exportable
 
-_ROWS = 32  # of real inputs, spread evenly; the scales are those of the largest values among them
+_ROWS = 32  # of real inputs, spread evenly; the largest values among them set the scales
 
 
 def quantise(source: Path, network: Exportable, keep: Sequence[str], target: Path) -> Path:

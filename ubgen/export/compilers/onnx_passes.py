@@ -25,7 +25,7 @@ _PHASES = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], float)
 def fit_cpu(model: ir.Model) -> None:
     """Rewrite `model` in place: same inputs and outputs, same values up to rounding.
 
-    The weights stay as they are, but that those of a linear layer whose result is split are cut in two.
+    The weights stay as they are; only those of a linear layer whose result is split are cut in two.
     """
     rewrite(model, pattern_rewrite_rules=[FuseAttention.rule()])
     compute_equal_rows_once(model.graph)
@@ -185,7 +185,7 @@ class ConvolveBeforeUpsampling(pattern.RewriteRuleClassBase):
 
 
 def compute_equal_rows_once(graph: ir.Graph) -> None:
-    """Where the rows of a tensor are those of another twice over, compute on that one and double the result.
+    """Where a tensor is another one stacked twice, compute on that one and double the result.
 
     Guidance doubles the latents, and the two halves differ only from the first cross-attention on. What comes
     before it is then half the work; in SD1.x that holds one of the five largest self-attentions. With latents of 64x64
