@@ -173,7 +173,7 @@ def test_float8_is_scaled_on_rows_of_all_real_inputs(picture: Exportable) -> Non
 
 @pytest.mark.skipif(modelopt().available, reason="for machines without it")
 def test_float8_without_the_quantiser_names_the_extra(picture: Exportable, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'precision = "float8" needs modelopt.*ubgen\[float8\]'):
+    with pytest.raises(UserError, match=r'precision = "float8" needs modelopt.*\[tensorrt,float8\]'):
         quantise(tmp_path / "a.onnx", picture, (), tmp_path / "b.onnx")
 
 
