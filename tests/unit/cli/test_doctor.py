@@ -8,15 +8,9 @@ import sys
 import pytest
 import torch
 
+from ubgen.cli import doctor
 from ubgen.core.probes import all_probes
 from ubgen.ops import native_status
-
-
-def doctor(*arguments, **environment):
-    command = [sys.executable, "-m", "ubgen.cli.doctor", *arguments]
-    return subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, check=True
-    ).stdout
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +23,10 @@ def poor_machine(tmp_path_factory):
     (directory / "xformers" / "__init__.py").write_text("__version__ = '0.0.35'\n")
     (directory / "xformers" / "ops.py").write_text("")
     settings = {"PYTHONPATH": str(directory), "PATH": str(directory), "CXX": "g++-of-nobody"}
-    return {p["name"]: p for p in json.loads(doctor("--json", CUDA_VISIBLE_DEVICES="", **settings))}
+    environment = {**os.environ, **settings, "CUDA_VISIBLE_DEVICES": "", "UBGEN_DISABLE_NATIVE": "1"}
+    command = [sys.executable, "-m", "ubgen.cli.doctor", "--json"]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return {probe["name"]: probe for probe in json.loads(answer.stdout)}
 
 
 def test_every_part_of_this_machine_has_a_verdict_and_a_reason():
@@ -44,11 +41,21 @@ def test_every_part_of_this_machine_has_a_verdict_and_a_reason():
     assert all(probe.detail for probe in probes.values())
 
 
-def test_the_table_says_why_the_reference_runs():
-    text = doctor(UBGEN_DISABLE_NATIVE="1", COLUMNS="200")
-    row = next(line for line in text.splitlines() if "native library: CPU" in line)
-    assert "no" in row
-    assert "switched off by UBGEN_DISABLE_NATIVE; PyTorch runs instead" in row
+def test_the_table_shows_every_probe(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ubgen-doctor"])
+    monkeypatch.setenv("COLUMNS", "1000")
+    doctor.main()
+    lines = capsys.readouterr().out.splitlines()
+    for probe in all_probes():
+        (row,) = [line for line in lines if f" {probe.name} " in line]
+        assert row.split("│")[2].strip() == ("yes" if probe.available else "no")
+        assert probe.detail in row
+
+
+def test_a_reason_says_that_the_reference_runs(poor_machine):
+    probe = poor_machine["native library: CPU"]
+    assert not probe["available"]
+    assert probe["detail"] == "switched off by UBGEN_DISABLE_NATIVE; PyTorch runs instead"
 
 
 def test_a_package_whose_import_fails_oddly_is_a_reason_and_not_a_crash(poor_machine):
