@@ -27,15 +27,8 @@ class Sample(NamedTuple):
     meta: dict[str, Any]
 
 
-class _Table(NamedTuple):
-    """A shard's samples as arrays: 28 bytes each, where the parsed sidecar takes a kilobyte.
-
-    `labels` (N,) int32; `offsets` (N,2) int64 and `sizes` (N,2) int32 of the image and of KEY.json in the tar.
-    """
-
-    labels: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
+_ROW = np.dtype([("label", "i4"), ("image", "i8"), ("image_size", "i8"), ("meta", "i8"), ("meta_size", "i8")])
+"""A sample in memory: label, and places of image and KEY.json in the tar. Its parsed sidecar entry takes a kilobyte."""
 
 
 class ShardDataset(Sequence[Sample]):
@@ -49,7 +42,7 @@ class ShardDataset(Sequence[Sample]):
         self.shards = list(shards)
         self.classes = list(classes)
         self._ends = list(itertools.accumulate(shard.count for shard in shards))
-        self._tables: dict[int, _Table] = {}
+        self._tables: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -84,7 +77,7 @@ class ShardDataset(Sequence[Sample]):
 
     def shard_labels(self) -> Iterator[np.ndarray]:
         """(N,) int32 for each shard in turn, read when it is asked for."""
-        return (self._table(number).labels for number in range(len(self.shards)))
+        return (self._table(number)["label"] for number in range(len(self.shards)))
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         """The image of sample `index` as it is stored (JPEG or PNG), and its label."""
@@ -102,14 +95,10 @@ class ShardDataset(Sequence[Sample]):
 
     def _row(self, number: int, row: int) -> tuple[int, tuple[int, int], tuple[int, int]]:
         """Label, and [start, stop) of the image and of KEY.json."""
-        table = self._table(number)
-        starts = table.offsets[row].tolist()
-        image, meta = (
-            (start, start + size) for start, size in zip(starts, table.sizes[row].tolist(), strict=True)
-        )
-        return int(table.labels[row]), image, meta
+        label, image, image_size, meta, meta_size = self._table(number)[row].item()
+        return label, (image, image + image_size), (meta, meta + meta_size)
 
-    def _table(self, number: int) -> _Table:
+    def _table(self, number: int) -> np.ndarray:
         if number not in self._tables:
             self._tables[number] = _table(self.shards[number], len(self.classes))
         return self._tables[number]
@@ -118,15 +107,13 @@ class ShardDataset(Sequence[Sample]):
         return Sample(_decode(image), label, self.classes[label]["name"], json.loads(meta))
 
 
-def _table(shard: ShardInfo, classes: int) -> _Table:
+def _table(shard: ShardInfo, classes: int) -> np.ndarray:
     """UserError where the sidecar points outside the tar, or names a class that classes.json does not have."""
-    samples = shard.samples()
-    labels = np.array([sample.class_index for sample in samples], np.int32)
-    places = np.array([[sample.image, sample.json] for sample in samples], np.int64).reshape(-1, 2, 2)
-    offsets, sizes = places[..., 0], places[..., 1]
-    if (labels >= classes).any() or (sizes > shard.bytes).any() or (offsets > shard.bytes - sizes).any():
+    table = np.array([(s.class_index, *s.image, *s.json) for s in shard.samples()], _ROW)
+    outside = [table[name] > shard.bytes - table[f"{name}_size"] for name in ("image", "meta")]
+    if (table["label"] >= classes).any() or np.any(outside):
         raise shard.damaged()
-    return _Table(labels, offsets.copy(), sizes.astype(np.int32))
+    return table
 
 
 def _decode(data: bytes) -> Image.Image:
