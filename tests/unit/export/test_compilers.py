@@ -15,14 +15,13 @@ from ubgen.core.errors import UserError
 from ubgen.core.probes import modelopt
 from ubgen.export.compilers import compile_network, one_line
 from ubgen.export.compilers.float8 import calibration_rows, quantise
-from ubgen.export.compilers.tensorrt_graph import SUPPORTED, cast_images, check_operators, onnx_graph
+from ubgen.export.compilers.onnx import cast_images, tensorrt_graph
 from ubgen.export.exportable import Exportable
 from ubgen.export.spec import BatchRange, NetworkSpec
 from ubgen.runtime import Network
 from ubgen.runtime.backends import backend
 
 BATCH = BatchRange(1, 2, 8)
-FLOAT, UINT8, INT64 = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT64
 
 
 class Picture(nn.Module):
@@ -76,7 +75,7 @@ def test_onnx_runtime_runs_what_was_written_and_nothing_else_is_left(
 
 
 def test_the_graph_for_tensorrt_casts_images_first_and_goes_away(picture: Exportable, tmp_path: Path) -> None:
-    with onnx_graph(picture, spec(), tmp_path / "picture", "11.4.0.106") as graph:
+    with tensorrt_graph(picture, spec(), tmp_path / "picture") as graph:
         assert_equal(load(graph, picture), picture)
         readers = [node.op_type for node in onnx.load(graph).graph.node if "pixels" in node.input]
         assert readers == ["Cast"]
@@ -84,13 +83,15 @@ def test_the_graph_for_tensorrt_casts_images_first_and_goes_away(picture: Export
 
 
 def test_a_graph_without_images_is_left_alone(tmp_path: Path) -> None:
-    path = write_graph(tmp_path / "a.onnx", "Neg", FLOAT)
-    before = path.read_bytes()
-    cast_images(path)
-    assert path.read_bytes() == before
+    source, target = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "graph", [source], [target])
+    onnx.save(helper.make_model(graph), tmp_path / "a.onnx")
+    before = (tmp_path / "a.onnx").read_bytes()
+    cast_images(tmp_path / "a.onnx")
+    assert (tmp_path / "a.onnx").read_bytes() == before
 
 
-def test_a_compilers_error_is_told_by_what_it_was_raised_from() -> None:
+def test_a_compilers_error_names_what_it_was_raised_from() -> None:
     """As Torch-TensorRT has it, whose last error shows the whole graph."""
     named = "Conversion of function torch._ops.aten.aten::_to_copy not currently supported!"
     with pytest.raises(UserError) as raised, one_line("unet", "Torch-TensorRT"):
@@ -119,51 +120,6 @@ def test_without_a_gpu_each_compiler_says_what_is_missing(compiler: str) -> None
     assert probe.detail
 
 
-def write_graph(path: Path, operator: str, element: int, *, domain: str = "", **attributes: object) -> Path:
-    """x -> y of the same type, by one node."""
-    source, target = (helper.make_tensor_value_info(name, element, ["batch", 3, 4, 4]) for name in "xy")
-    node = helper.make_node(operator, ["x"], ["y"], "odd", domain=domain, **attributes)
-    graph = helper.make_graph([node], "graph", [source], [target])
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("operator", "element", "attributes", "problem"),
-    [
-        ("NonZero", FLOAT, {}, "does not take NonZero at all"),
-        ("QuickGelu", FLOAT, {"domain": "com.microsoft"}, "QuickGelu of the domain com.microsoft"),
-        ("Sigmoid", INT64, {}, "Sigmoid of INT64"),
-        ("Transpose", UINT8, {}, "Transpose of UINT8"),
-        ("Resize", FLOAT, {"antialias": 1, "mode": "linear"}, "Resize with antialias"),
-        ("Resize", FLOAT, {"mode": "cubic"}, "Resize of mode cubic"),
-    ],
-)
-def test_what_tensorrt_does_not_take_is_named_before_a_build(
-    tmp_path: Path, operator: str, element: int, attributes: dict[str, object], problem: str
-) -> None:
-    path = write_graph(tmp_path / "unet.onnx", operator, element, **attributes)
-    with pytest.raises(UserError, match=rf"unet\.onnx: TensorRT 11\.4\.0.* {problem}.*'odd'"):
-        check_operators(path, "11.4.0")
-
-
-def test_attention_needs_a_newer_tensorrt(tmp_path: Path) -> None:
-    values = [helper.make_tensor_value_info(name, FLOAT, [2, 4, 8, 8]) for name in "qkvy"]
-    node = helper.make_node("Attention", ["q", "k", "v"], ["y"])
-    graph = helper.make_graph([node], "graph", values[:3], values[3:])
-    opset = [helper.make_opsetid("", 23)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "a.onnx")
-    check_operators(tmp_path / "a.onnx", "10.14.1")
-    with pytest.raises(UserError, match=r"Attention before 10\.14; use a lower opset"):
-        check_operators(tmp_path / "a.onnx", "10.12.0.36")
-
-
-def test_the_table_names_operators_of_onnx() -> None:
-    known = {schema.name for schema in onnx.defs.get_all_schemas()}
-    assert set(SUPPORTED) <= known
-
-
 def test_float8_is_scaled_on_rows_of_all_real_inputs(picture: Exportable) -> None:
     rows = calibration_rows(picture)
     assert rows["pixels"].shape == (7, 16, 16, 3)
@@ -185,13 +141,18 @@ def test_a_float8_graph_runs_and_leaves_the_kept_layers_alone(picture: Exportabl
     module.middle.half()
     half = Exportable(module, picture.inputs, "out", picture.constant)
     quantised = spec(opset=20, precision="float8", keep_float32=("exact", "last"))
-    with onnx_graph(half, quantised, tmp_path / "picture", "11.4.0") as path:
+    with tensorrt_graph(half, quantised, tmp_path / "picture") as path:
         graph = onnx.load(path).graph
         types = {tensor.name: tensor.data_type for tensor in graph.initializer}
         assert TensorProto.FLOAT8E4M3FN in types.values()
         sources = {output: node for node in graph.node for output in node.output}
         weights = [node.input[1] for node in graph.node if node.op_type == "Conv"]
-        assert [types.get(name) for name in weights] == [TensorProto.FLOAT16, None, FLOAT, FLOAT]
+        assert [types.get(name) for name in weights] == [
+            TensorProto.FLOAT16,
+            None,
+            TensorProto.FLOAT,
+            TensorProto.FLOAT,
+        ]
         assert sources[weights[1]].op_type == "DequantizeLinear"
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC

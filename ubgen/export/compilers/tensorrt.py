@@ -8,7 +8,7 @@ import torch
 
 from ubgen.core.errors import UserError
 from ubgen.core.files import atomic_write, cache_directory
-from ubgen.export.compilers.tensorrt_graph import onnx_graph
+from ubgen.export.compilers.onnx import tensorrt_graph
 from ubgen.export.exportable import Exportable, Say
 from ubgen.export.spec import NetworkSpec
 from ubgen.runtime import Dim, TensorSpec
@@ -31,7 +31,7 @@ def compile_network(
     """
     if spec.precision == "float8" and torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError('precision = "float8" needs a GPU of compute capability 8.9 or more')
-    with onnx_graph(network, spec, file.with_suffix(""), trt.__version__) as graph, torch.cuda.device(device):
+    with tensorrt_graph(network, spec, file.with_suffix("")) as graph, torch.cuda.device(device):
         if base is not None:
             try:
                 refit(base, graph, file)
