@@ -311,8 +311,14 @@ class RemoteStore(Store):
             return None
 
     def modified(self, name: str) -> float:
-        """When a file was last written, in seconds by the server's clock."""
-        return self._try("look at", name, lambda: self._call("modified", name)).timestamp()
+        """When a file was last written, in seconds by the server's clock; 0 if the protocol does not say."""
+
+        def read() -> float:
+            with suppress(NotImplementedError):
+                return self._call("modified", name).timestamp()
+            return 0.0
+
+        return self._try("look at", name, read)
 
     def read(self, name: str) -> bytes:
         return self._named(name, lambda: self._try("read", name, lambda: self._call("cat_file", name)))

@@ -26,7 +26,6 @@ RENEW = 10.0
 """Seconds between two renewals of a lock object."""
 STALE = 45.0
 """Seconds without renewal after which a lock object is dead."""
-_mine: set[str] = set()  # tokens of the locks that this process holds
 
 
 class InUse(UserError):
@@ -111,9 +110,8 @@ class _Lease(Hold):
         self._name = f"{LOCK}-{1 + max(map(_number, dead), default=0)}"
         if not self._store.create(self._name, self._text()) and not self._is_ours():
             raise _in_use(self._store, _read(self._store, self._name))
-        _mine.add(self._token)
         try:
-            # one that looked when other locks were there may have created another name: then neither has the directory
+            # a run that saw other locks than this one may have created another name: one of the two sees the other
             for name in _require_no_holder(self._store, now, but=self._name):
                 self._store.delete(name)
         except BaseException:
@@ -132,7 +130,6 @@ class _Lease(Hold):
             raise _in_use(self._store, None)
 
     def _release(self) -> None:
-        _mine.discard(self._token)
         with suppress(UserError):  # then it grows old; the work is done all the same
             if self._is_ours():
                 self._store.delete(self._name)
@@ -191,13 +188,11 @@ def _read(store: Store, name: str) -> dict[str, Any] | None:
 def _process_is_gone(holder: dict[str, Any] | None) -> bool:
     if holder is None or holder["machine"] != _machine():
         return False
-    if holder["pid"] == os.getpid():
-        return holder["token"] not in _mine
     try:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
         return True
-    except OSError:
+    except OSError:  # it runs as another user
         return False
     return False
 
