@@ -1,7 +1,9 @@
 """What a user sees of a command: tables, and how far a long run is."""
 
+import logging
 import re
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,6 +55,19 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, tex
 def _markdown_row(cells: Sequence[str]) -> str:
     escaped = (re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in cells)
     return "|" + "".join(f" {cell} |" if cell else " |" for cell in escaped)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the warnings of libraries off the terminal, about what is meant as it is."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 class Report(Protocol):

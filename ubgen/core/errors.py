@@ -16,6 +16,11 @@ class UserError(Exception):
     """A wrong input. The message is one line that names the file or option and says what would be right."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of a library's error, whose message may be pages long or empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class Warned(UserWarning):
     """Something that is probably not what the user wants, although it can be done; `run` prints it as one line."""
 

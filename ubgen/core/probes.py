@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ubgen.core.errors import UserError, install_extra
+from ubgen.core.errors import UserError, first_line, install_extra
 from ubgen.core.stage import device_name
 
 # without the constraints: ModelOpt asks for older releases of onnx and ONNX Runtime
@@ -243,8 +243,8 @@ def _package(name: str, module: str, extra: str) -> Probe:
     try:
         importlib.import_module(module)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        return Probe(name, False, f"installed, but its import fails: {type(error).__name__}: {reason}")
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return Probe(name, False, f"installed, but its import fails: {reason}")
     root = importlib.import_module(module.removesuffix(".ops"))
     return Probe(name, True, str(getattr(root, "__version__", "unknown version")))
 

@@ -4,9 +4,7 @@ They are put together here alone, with weights or on "meta" for a plan.
 """
 
 import copy
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ubgen.core.console import quiet
 from ubgen.core.errors import UserError
 from ubgen.core.weights import read_json_object
 from ubgen.diffusion import StableDiffusion
@@ -224,20 +223,10 @@ def _meta_stable_diffusion(path: Path) -> StableDiffusion:
 def _meta_clip(path: Path) -> Clip:
     import open_clip
 
-    with torch.device("meta"), _without_warnings():  # it warns that no weights are loaded
+    with torch.device("meta"), quiet():  # it warns that no weights are loaded
         model = open_clip.create_model(f"local-dir:{path}", load_weights=False, device="meta")
     side = model.visual.image_size  # open_clip gives a pair for its transformers
     return Clip(model.eval(), None, side if isinstance(side, int) else side[0], 0)
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)
 
 
 def _meta_qalign(path: Path) -> QAlign:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, first_line
 from ubgen.runtime.cuda_graphs import GraphedCalls, Inputs, Replay, Sizes, TorchGraph
 from ubgen.runtime.network import Network, Signature
 
@@ -46,8 +46,7 @@ class AotInductorNetwork(Network):
                 str(path), run_single_threaded=graphs, device_index=_index(device)
             )
         except Exception as error:  # of many kinds, from C++
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise UserError(f"{path} cannot be opened by AOTInductor: {reason}") from error
+            raise UserError(f"{path} cannot be opened by AOTInductor: {first_line(error)}") from error
         _forget_file_pages()
         self._threads = threads
         self._output = signature.outputs[0].name

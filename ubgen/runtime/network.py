@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class TensorSpec:
     def __str__(self) -> str:
         sizes = ", ".join(str(size) for size in self.shape)
         return f"{_dtype_name(self.dtype)} ({sizes})"
+
+    def at(self, bound: Literal["min", "best", "max"]) -> tuple[int, ...]:
+        """The shape with every varying dimension at that size."""
+        return tuple(getattr(size, bound) if isinstance(size, Dim) else size for size in self.shape)
 
     def to_dict(self) -> dict[str, Any]:
         shape = [asdict(size) if isinstance(size, Dim) else size for size in self.shape]
@@ -65,8 +69,13 @@ class Signature:
             _check_tensor(network, spec, inputs[spec.name], sizes, device)
         return sizes
 
-    def output_shape(self, spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        return tuple(sizes[size.name] if isinstance(size, Dim) else size for size in spec.shape)
+    def empty_outputs(self, sizes: Mapping[str, int], device: str | torch.device) -> dict[str, Tensor]:
+        """New tensors for the outputs of a call whose varying dimensions have these sizes."""
+
+        def shape(spec: TensorSpec) -> list[int]:
+            return [sizes[size.name] if isinstance(size, Dim) else size for size in spec.shape]
+
+        return {spec.name: torch.empty(shape(spec), dtype=spec.dtype, device=device) for spec in self.outputs}
 
     def to_dict(self) -> dict[str, Any]:
         return {

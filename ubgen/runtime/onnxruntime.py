@@ -8,7 +8,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, first_line
 from ubgen.core.probes import GET_ONNXRUNTIME_GPU
 from ubgen.runtime.cuda_graphs import GraphedCalls, Inputs, Sizes
 from ubgen.runtime.network import Network, Signature
@@ -47,7 +47,7 @@ class OnnxRuntimeNetwork(Network):
         self._session = open_session(path, threads, "CPUExecutionProvider")
 
     def _run(self, inputs: dict[str, Tensor], sizes: dict[str, int]) -> dict[str, Tensor]:
-        outputs = _outputs(self.signature, sizes, self.device)
+        outputs = self.signature.empty_outputs(sizes, self.device)
         self._session.run_with_iobinding(_bind(self._session, inputs, outputs))
         return outputs
 
@@ -76,7 +76,7 @@ class OnnxRuntimeGpuNetwork(Network):
         return self._graphed(inputs, sizes) if self._graphed else self._eager(inputs, sizes)
 
     def _eager(self, inputs: Inputs, sizes: Sizes) -> dict[str, Tensor]:
-        outputs = _outputs(self.signature, sizes, self.device)
+        outputs = self.signature.empty_outputs(sizes, self.device)
         self._enqueue(_bind(self._session, inputs, outputs), graph=-1)
         return outputs
 
@@ -103,7 +103,7 @@ class _OrtGraph:
         self._network = network
         self._number = number
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-        self._outputs = _outputs(network.signature, sizes, network.device)
+        self._outputs = network.signature.empty_outputs(sizes, network.device)
         self._binding = _bind(network._session, self._inputs, self._outputs)
 
     def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -135,17 +135,10 @@ def open_session(
             str(path), _session_options(threads), providers=[(provider, dict(settings or {}))]
         )
     except Exception as error:  # onnxruntime's own exception classes share no base
-        raise UserError(f"{path} cannot be opened by ONNX Runtime: {_first_line(error)}") from error
+        raise UserError(f"{path} cannot be opened by ONNX Runtime: {first_line(error)}") from error
     if session.get_providers()[0] != provider:
         raise UserError(f"{path}: ONNX Runtime could not start {provider}; are its CUDA libraries installed?")
     return session
-
-
-def _outputs(signature: Signature, sizes: Mapping[str, int], device: str) -> dict[str, Tensor]:
-    return {
-        spec.name: torch.empty(signature.output_shape(spec, sizes), dtype=spec.dtype, device=device)
-        for spec in signature.outputs
-    }
 
 
 def _bind(session: ort.InferenceSession, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Any:
@@ -164,7 +157,3 @@ def _cuda_settings(stream: torch.cuda.Stream, graphs: bool) -> dict[str, str]:
         "use_tf32": "0",  # it would miss the tolerance of float32 graphs; half precision does not use it
         "enable_cuda_graph": str(int(graphs)),
     }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

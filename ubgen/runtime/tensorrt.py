@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ubgen.core.errors import UserError
 from ubgen.runtime.cuda_graphs import GraphedCalls, Inputs, Replay, Sizes, TorchGraph
-from ubgen.runtime.network import Dim, Network, Signature, TensorSpec
+from ubgen.runtime.network import Network, Signature, TensorSpec
 
 _ALIGNMENT = 256  # bytes, of every address that TensorRT is given
 
@@ -85,7 +85,7 @@ class TensorRtNetwork(Network):
 
     def _eager(self, inputs: Inputs, sizes: Sizes) -> dict[str, Tensor]:
         aligned = {name: _aligned(tensor) for name, tensor in inputs.items()}
-        outputs = self._outputs(sizes)
+        outputs = self.signature.empty_outputs(sizes, self._stream.device)
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         self._enqueue(self._context, aligned, outputs, self._stream)
@@ -95,21 +95,13 @@ class TensorRtNetwork(Network):
     def _capture(self, inputs: Inputs, sizes: Sizes) -> Replay:
         """Shapes and addresses of a captured context are fixed, so each capture has its own."""
         context = self._new_context()
-        outputs = self._outputs(sizes)
+        outputs = self.signature.empty_outputs(sizes, self._stream.device)
 
         def run(inputs: Inputs) -> dict[str, Tensor]:
             self._enqueue(context, inputs, outputs, torch.cuda.current_stream())
             return outputs
 
         return TorchGraph(run, inputs)
-
-    def _outputs(self, sizes: Sizes) -> dict[str, Tensor]:
-        return {
-            spec.name: torch.empty(
-                self.signature.output_shape(spec, sizes), dtype=spec.dtype, device=self._stream.device
-            )
-            for spec in self.signature.outputs
-        }
 
     def _enqueue(
         self, context: trt.IExecutionContext, inputs: Inputs, outputs: Inputs, stream: torch.cuda.Stream
@@ -161,8 +153,7 @@ def check_plan(path: Path, engine: trt.ICudaEngine, signature: Signature) -> Non
 
 def _covers(engine: trt.ICudaEngine, spec: TensorSpec) -> bool:
     """Whether the plan's first profile takes all shapes of an input."""
-    low = tuple(size.min if isinstance(size, Dim) else size for size in spec.shape)
-    high = tuple(size.max if isinstance(size, Dim) else size for size in spec.shape)
+    low, high = spec.at("min"), spec.at("max")
     shape = tuple(engine.get_tensor_shape(spec.name))
     if len(shape) != len(low):
         return False

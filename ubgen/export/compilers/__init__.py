@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, first_line
 from ubgen.export.exportable import Exportable, Say
 from ubgen.export.spec import NetworkSpec
 from ubgen.runtime.backends import backend
@@ -54,7 +54,5 @@ def one_line(name: str, compiler: str) -> Iterator[None]:
         first: BaseException = error
         while first.__cause__ is not None:
             first = first.__cause__
-        lines = str(first).strip().splitlines() or [""]
-        raise UserError(
-            f"{name}: {compiler} could not compile it: {type(first).__name__}: {lines[0]}"
-        ) from error
+        reason = f"{type(first).__name__}: {first_line(first)}"
+        raise UserError(f"{name}: {compiler} could not compile it: {reason}") from error

@@ -1,8 +1,6 @@
 """PyTorch module -> ONNX file, which ONNX Runtime runs as it is and TensorRT builds from."""
 
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from onnx import TensorProto, helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ubgen.core.console import quiet
 from ubgen.export.compilers import one_line
 from ubgen.export.compilers.float8 import quantise
 from ubgen.export.compilers.onnx_passes import compute_equal_rows_once, fit_cpu
@@ -39,7 +38,8 @@ def export_onnx(network: Exportable, spec: NetworkSpec, path: Path, *, rewrite: 
     data = path.with_name(f"{path.name}.data")
     data.unlink(missing_ok=True)  # of an engine that is being replaced
     size = sum(p.numel() * p.element_size() for p in network.module.parameters())
-    with torch.no_grad(), _quiet():
+    # the exporter warns about its own internals and about names of axes that are shared on purpose
+    with torch.no_grad(), quiet():
         program = torch.onnx.export(
             network.module,
             args=(),
@@ -95,16 +95,3 @@ def cast_images(path: Path) -> None:
         graph.node.insert(0, cast)
     del graph.value_info[:]  # of the types that were there before
     onnx.save(model, path)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns about its own internals and about names of axes that are shared on purpose."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -11,7 +11,7 @@ from ubgen.core.files import atomic_write, cache_directory
 from ubgen.export.compilers.onnx import tensorrt_graph
 from ubgen.export.exportable import Exportable, Say
 from ubgen.export.spec import NetworkSpec
-from ubgen.runtime import Dim, TensorSpec
+from ubgen.runtime import TensorSpec
 from ubgen.runtime.backends import device_architecture
 from ubgen.runtime.tensorrt import LOG, open_plan, why
 
@@ -59,8 +59,7 @@ def build(
     _set_options(config, spec)
     profile = builder.create_optimization_profile()
     for tensor in inputs:
-        smallest, best, largest = (_at(tensor.shape, bound) for bound in ("min", "best", "max"))
-        profile.set_shape(tensor.name, smallest, best, largest)
+        profile.set_shape(tensor.name, tensor.at("min"), tensor.at("best"), tensor.at("max"))
     if config.add_optimization_profile(profile) < 0:
         raise UserError(f"{onnx_file.name}: TensorRT does not take these shapes{why()}")
     timings = cache_directory("tensorrt") / f"timings-{trt.__version__}-{device_architecture(device)}"
@@ -118,10 +117,6 @@ def _use_timings(config: trt.IBuilderConfig, file: Path) -> None:
     known = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
     if known is None or not config.set_timing_cache(known, False):
         config.set_timing_cache(config.create_timing_cache(b""), False)
-
-
-def _at(shape: tuple[int | Dim, ...], bound: str) -> tuple[int, ...]:
-    return tuple(getattr(size, bound) if isinstance(size, Dim) else size for size in shape)
 
 
 class Progress(trt.IProgressMonitor):

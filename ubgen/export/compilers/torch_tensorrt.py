@@ -51,11 +51,7 @@ def _input(tensor: TensorSpec) -> dict[str, Any]:
     """Arguments of `torch_tensorrt.Input`."""
     if not any(isinstance(size, Dim) for size in tensor.shape):
         return {"shape": tensor.shape, "dtype": tensor.dtype}
-    bounds = {"min_shape": "min", "opt_shape": "best", "max_shape": "max"}
-    shapes = {
-        key: tuple(getattr(size, bound) if isinstance(size, Dim) else size for size in tensor.shape)
-        for key, bound in bounds.items()
-    }
+    shapes = {"min_shape": tensor.at("min"), "opt_shape": tensor.at("best"), "max_shape": tensor.at("max")}
     return {**shapes, "dtype": tensor.dtype}
 
 
