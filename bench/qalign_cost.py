@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ubgen.benchmark import Table, compare, machine_record
-from ubgen.benchmark.machine import describe
-from ubgen.benchmark.memory import resident
+from ubgen.benchmark.machine import describe, resident
 from ubgen.core.config import resolve_path
 from ubgen.export.compilers.onnx import export_onnx
 from ubgen.export.cost import count_flops

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from ubgen.benchmark import Table, compare, machine_record, peak_memory
-from ubgen.benchmark.machine import describe
-from ubgen.benchmark.memory import resident
+from ubgen.benchmark.machine import describe, resident
 from ubgen.export.exportable import Exportable
 from ubgen.export.networks import UNet
 from ubgen.export.spec import BatchRange, NetworkSpec, Options

@@ -1,8 +1,7 @@
 """Speed and memory of what ubgen runs, against its peers, both sides in one process."""
 
 from ubgen.benchmark.engine import EngineBench, bench_engine
-from ubgen.benchmark.machine import machine_record
-from ubgen.benchmark.memory import peak_memory
+from ubgen.benchmark.machine import machine_record, peak_memory
 from ubgen.benchmark.synth import SynthBench, bench_synth
 from ubgen.benchmark.table import Table
 from ubgen.benchmark.timing import Timing, compare

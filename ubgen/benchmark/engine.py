@@ -1,6 +1,5 @@
 """`ubgen-bench engine`: every network of an engine, its denoising loop and its whole chain, against their peers."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,15 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ubgen.benchmark.machine import describe, machine_record
-from ubgen.benchmark.memory import peak_by_device
-from ubgen.benchmark.peers import Peers, load_peers, missing_weights
-from ubgen.benchmark.table import Table, number
+from ubgen.benchmark.machine import describe, machine_record, peak_by_device
+from ubgen.benchmark.peers import Peers, check_against, load_peers, missing_weights
+from ubgen.benchmark.table import Table, number, write_result
 from ubgen.benchmark.timing import Timing, compare
 from ubgen.benchmark.workload import Workload
 from ubgen.core.config import require_directory
 from ubgen.core.errors import UserError
-from ubgen.core.files import atomic_write
 from ubgen.core.stage import read_manifest
 from ubgen.runtime import load
 from ubgen.runtime.pipeline import NETWORKS
@@ -53,30 +50,29 @@ class EngineBench:
     notes: list[str]
 
     def table(self) -> Table:
-        columns = ("part", "side", "batch", "ms", "quartiles", "rows/s", "engine is")
-        table = Table(f"Engine {self.engine.name}", columns)
-        for row in self.rows:
-            engine = next(r for r in self.rows if r.part == row.part and r.side == "engine")
-            ratio = "" if row is engine else f"{row.timing.median / engine.timing.median:.2f}x"
-            timing = row.timing
-            table.rows.append(
-                (
-                    row.part,
-                    row.side,
-                    str(row.batch),
-                    number(timing.median),
-                    f"{number(timing.q1)} to {number(timing.q3)}",
-                    number(timing.per_second(row.batch)),
-                    ratio,
-                )
-            )
         method = "Medians; the sides of a part take turns in one process."
-        table.note = "\n".join([describe(self.machine), "", method, *self.notes])
-        return table
+        return Table(
+            f"Engine {self.engine.name}",
+            ("part", "side", "batch", "ms", "quartiles", "rows/s", "engine is"),
+            [self._cells(row) for row in self.rows],
+            note="\n".join([describe(self.machine), "", method, *self.notes]),
+        )
+
+    def _cells(self, row: Row) -> tuple[str, ...]:
+        engine = next(other for other in self.rows if other.part == row.part and other.side == "engine")
+        timing = row.timing
+        return (
+            row.part,
+            row.side,
+            str(row.batch),
+            number(timing.median),
+            f"{number(timing.q1)} to {number(timing.q3)}",
+            number(timing.per_second(row.batch)),
+            "" if row is engine else f"{timing.median / engine.timing.median:.2f}x",
+        )
 
     def write(self, out: Path) -> None:
         """engine.json and engine.md into the directory `out`."""
-        out.mkdir(parents=True, exist_ok=True)
         content = {
             "engine": str(self.engine),
             "machine": self.machine,
@@ -84,8 +80,7 @@ class EngineBench:
             "notes": self.notes,
             "rows": [row.to_dict() for row in self.rows],
         }
-        atomic_write(out / "engine.json", json.dumps(content, indent=2) + "\n")
-        atomic_write(out / "engine.md", self.table().markdown())
+        write_result(out, "engine", content, [self.table()])
 
 
 @torch.no_grad()
@@ -140,8 +135,7 @@ def _check(batch: int | None, seconds: float, against: Sequence[str], steps: int
         raise UserError(f"--seconds must be above 0, not {seconds}")
     if steps < 2:
         raise UserError(f"--steps must be at least 2, not {steps}")
-    if unknown := [name for name in against if name not in AGAINST]:
-        raise UserError(f"--against {unknown[0]}: there is {', '.join(AGAINST)}")
+    check_against(against, AGAINST)
 
 
 def _parts(

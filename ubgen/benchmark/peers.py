@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ubgen.core.config import resolve_path
+from ubgen.core.errors import UserError
 from ubgen.diffusion import StableDiffusion, load_stable_diffusion, merge_lora, with_sampler
 from ubgen.export.directory import EngineDirectory
 from ubgen.export.mixed_precision import DTYPES
@@ -35,6 +36,12 @@ class Peers:
         if name not in self._compiled:
             self._compiled[name] = torch.compile(self.networks[name])
         return self._compiled[name]
+
+
+def check_against(against: Sequence[str], known: Sequence[str]) -> None:
+    """UserError for a side that is not known."""
+    if unknown := [name for name in against if name not in known]:
+        raise UserError(f"--against must be one of {', '.join(known)}, not {unknown[0]}")
 
 
 def missing_weights(engines: EngineSet) -> str:

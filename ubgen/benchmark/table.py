@@ -1,9 +1,16 @@
 """A table of figures that the terminal and a Markdown file both show."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from ubgen.core.console import markdown_table
+from ubgen.core.console import table as drawn
+from ubgen.core.files import atomic_write
 
 
 @dataclass
@@ -20,6 +27,18 @@ class Table:
         """A heading, the table, and the note below it."""
         table = markdown_table(self.columns, self.rows, text_columns=self.text_columns)
         return "\n\n".join(part for part in (f"## {self.title}", table, self.note) if part) + "\n"
+
+    def show(self, console: Console) -> None:
+        """The table in the terminal, its note below."""
+        console.print(drawn(self.title, self.columns, self.rows, text_columns=self.text_columns))
+        console.print(self.note, highlight=False, markup=False)
+
+
+def write_result(out: Path, name: str, content: Mapping[str, Any], tables: Sequence[Table]) -> None:
+    """NAME.json and NAME.md into the directory `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / f"{name}.json", json.dumps(content, indent=2) + "\n")
+    atomic_write(out / f"{name}.md", "\n".join(table.markdown() for table in tables))
 
 
 def number(value: float | None, digits: int = 3) -> str:

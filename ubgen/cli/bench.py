@@ -1,16 +1,12 @@
 """ubgen-bench: the speed of what ubgen runs, beside its peers."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import tyro
 from rich.console import Console
 
-from ubgen.core.console import table as drawn
 from ubgen.core.errors import run
-
-if TYPE_CHECKING:
-    from ubgen.benchmark import Table
 
 
 def engine(
@@ -52,7 +48,7 @@ def engine(
             guidance=guidance,
             say=status.update,
         )
-    show(console, result.table())
+    result.table().show(console)
     if out is not None:
         result.write(out)
         console.print(f"written to {out}")
@@ -106,17 +102,11 @@ def synth(
             gpus=gpus,
             say=status.update,
         )
-    for table in (result.table(), result.stages(), result.projected()):
-        show(console, table)
+    for table in result.tables():
+        table.show(console)
     if out is not None:
         result.write(out)
         console.print(f"written to {out}")
-
-
-def show(console: Console, table: "Table") -> None:
-    """The table in the terminal, its note below."""
-    console.print(drawn(table.title, table.columns, table.rows, text_columns=table.text_columns))
-    console.print(table.note, highlight=False, markup=False)
 
 
 def main() -> None:

@@ -27,12 +27,10 @@ def synth(config: SynthConfig) -> None:
 
 
 def _report(result: "Synthesised") -> list[str]:
-    from ubgen.synth.synthesise import shares_text
-
     speed = f"{result.made} made now, {result.images_per_second:.2f}/s"
     if result.found:
         speed = f"finished already, made at {result.images_per_second:.2f}/s"
-    lines = [f"time went to: {shares_text(result.bottlenecks, 6)}"] if result.made else []
+    lines = [f"time went to: {result.waits(6)}"] if result.made else []
     if not result.complete:
         return [
             *lines,

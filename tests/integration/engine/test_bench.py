@@ -103,7 +103,7 @@ def test_the_command_shows_and_writes_the_table(
         ({"batch": 0}, "--batch must be at least 1, not 0"),
         ({"seconds": 0.0}, "--seconds must be above 0"),
         ({"steps": 1}, "--steps must be at least 2"),
-        ({"against": ("onnx",)}, "--against onnx: there is eager, compile"),
+        ({"against": ("onnx",)}, "--against must be one of eager, compile, not onnx"),
     ],
 )
 def test_an_impossible_option_is_named(exported: Exported, options: dict, message: str) -> None:
@@ -137,7 +137,7 @@ def test_synthesis_is_timed_beside_its_peers(exported: Exported, tmp_path: Path)
     assert "3,600,000" in (tmp_path / "synth.md").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="--rounds must be at least 1"):
         bench_synth(exported.path, rounds=0)
-    with pytest.raises(UserError, match="--against fast: there is bare, diffusers"):
+    with pytest.raises(UserError, match="--against must be one of bare, diffusers, not fast"):
         bench_synth(exported.path, against=("fast",))
 
 

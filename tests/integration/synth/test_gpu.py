@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -119,9 +118,8 @@ def test_runs_in_one_process_write_the_same_files_and_pass_the_audit(
         synthesise(config, open_source=lambda *_: Renders())
     first = shards(tmp_path / "0")
     assert all(shards(Path(config.out)) == first for config in configs)
-    module = import_module("ubgen.synth.audit")  # the package's own `audit` is the function
-    monkeypatch.setattr(module, "load", lambda *_, **__: SimpleNamespace(key="sha256:none"))
-    monkeypatch.setattr(module, "Generator", lambda *_: Renders())
+    monkeypatch.setattr("ubgen.synth.audit.load", lambda *_, **__: SimpleNamespace(key="sha256:none"))
+    monkeypatch.setattr("ubgen.synth.audit.Generator", lambda *_: Renders())
     found = audit(tmp_path / "0", sample=60, device="cuda")
     assert (found.samples, found.same_bytes, found.largest) == (60, 60, 0)
 

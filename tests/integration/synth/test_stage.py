@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -292,7 +291,7 @@ def test_an_error_of_the_part_that_finishes_ends_it(
         monkeypatch.undo()
         raise UserError("no pictures")
 
-    monkeypatch.setattr(import_module("ubgen.synth.synthesise"), "write_pictures", fail_once)
+    monkeypatch.setattr("ubgen.synth.synthesise.write_pictures", fail_once)
     part = settings(tmp_path / "out", executor="static", part="1/1")
     with pytest.raises(UserError, match="no pictures"):
         make(part, stand_ins)
@@ -309,7 +308,7 @@ def test_figures_count_until_the_dataset_is_finished(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as context:
-        context.setattr(import_module("ubgen.synth.synthesise"), "write_pictures", fail)
+        context.setattr("ubgen.synth.synthesise.write_pictures", fail)
         with pytest.raises(OSError, match="No space"):
             make(settings(out), stand_ins)
     assert len(speed_files(open_store(out).names())) == 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ubgen.benchmark.memory import resident
+from ubgen.benchmark.machine import resident
 from ubgen.core.errors import UserError
 from ubgen.core.probes import aotinductor_cpu
 from ubgen.export.compilers import compile_network
