@@ -4,38 +4,15 @@ Defaults are the paper's (Table 5), or the authors' released code's where it is 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 from ubgen.core.config import require_directory, resolve_path, to_dict
 from ubgen.core.errors import UserError
 
-_POSITIVE = (
-    "batch_size",
-    "epochs",
-    "max_updates",
-    "rollout.steps",
-    "rollout.grad_steps",
-    "generator.lora_rank",
-    "generator.lora_alpha",
-    "generator.lr",
-    "generator.eps",
-    "generator.average_strength",
-    "generator.clip",  # below 0 it would turn the gradient round
-    "discriminator.hidden",
-    "discriminator.lr",
-    "discriminator.eps",
-    "discriminator.clip",
-    "output.grid_classes",
-    "output.grid_rows",
-    "output.grid_steps",
-    "output.checkpoint_every",
-    "output.keep_checkpoints",
-)
-_NOT_NEGATIVE = (
+_MAY_BE_ZERO = {
     "losses.entire",
     "losses.individual",
     "losses.quality",
@@ -45,13 +22,14 @@ _NOT_NEGATIVE = (
     "discriminator.warmup_epochs",
     "discriminator.warmup_updates",
     "output.grid_every",
-)
+}
+_PAIRS = {"generator.betas", "discriminator.betas", "losses.entire_rise"}  # have rules of their own
+_MAY_BE_NEGATIVE = {"seed", "rollout.guidance", "discriminator.slope"}
 _FILES = {
     "stable_diffusion": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
     "clip": ("open_clip_config.json", "open_clip_model.safetensors"),
     "qalign": ("config.json",),
 }
-_BETAS = ("generator.betas", "discriminator.betas")
 
 
 @dataclass(frozen=True)
@@ -212,16 +190,31 @@ class TrainConfig:
 
 def validate(config: TrainConfig) -> None:
     """UserError naming the first option whose value makes no sense."""
-    for name, value in _numbers(to_dict(config)):
-        if not math.isfinite(value):
-            raise UserError(f"{name} must be a finite number, not {value}")
-    _require(config, _POSITIVE, "positive", lambda value: value > 0)
-    _require(config, _NOT_NEGATIVE, "0 or more", lambda value: value >= 0)
-    _require(config, _BETAS, "at least 0 and below 1", lambda pair: all(0 <= beta < 1 for beta in pair))
-    _require(config, ("seed",), "a 64-bit integer", lambda value: -(2**63) <= value < 2**63)
+    _check_numbers(config)
     for name in ("prompt", "description"):
         if "{name}" not in getattr(config, name):
             raise UserError(f'{name} must contain "{{name}}", the place of the class name')
+    _check_combinations(config)
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    for name, value in _numbers(to_dict(config)):
+        if not math.isfinite(value):
+            raise UserError(f"{name} must be a finite number, not {value}")
+        least = "0 or more" if name in _MAY_BE_ZERO else "positive"
+        if name not in _PAIRS | _MAY_BE_NEGATIVE and (value < 0 or (value == 0 and least == "positive")):
+            raise UserError(f"{name} must be {least}, not {value}")
+    for player, betas in (
+        ("generator", config.generator.betas),
+        ("discriminator", config.discriminator.betas),
+    ):
+        if not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"{player}.betas must be at least 0 and below 1, not {betas}")
+    if not -(2**63) <= config.seed < 2**63:
+        raise UserError(f"seed must be a 64-bit integer, not {config.seed}")
+
+
+def _check_combinations(config: TrainConfig) -> None:
     if config.rollout.grad_steps > config.rollout.steps:
         raise UserError(f"rollout.grad_steps must be at most rollout.steps ({config.rollout.steps})")
     if config.losses.entire == config.losses.individual == config.losses.quality == 0:
@@ -272,19 +265,11 @@ def network_paths(config: TrainConfig) -> dict[str, Path]:
     return {name: resolve_path(getattr(config.networks, name)) for name in networks_needed(config.losses)}
 
 
-def _require(config: TrainConfig, names: tuple[str, ...], wanted: str, holds: Callable[[Any], bool]) -> None:
-    """UserError unless `holds` of each of these options that is not None."""
-    for name in names:
-        value = attrgetter(name)(config)
-        if value is not None and not holds(value):
-            raise UserError(f"{name} must be {wanted}, not {value}")
-
-
 def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number with its option's name."""
+    """Every number that is given, with its option's name."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{name}.")
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float):
+            if isinstance(number, int | float) and not isinstance(number, bool):
                 yield prefix + name, number
