@@ -1,6 +1,6 @@
 """Real inputs for the comparison with PyTorch: prompts, denoising trajectories, final latents, decoded images."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ubgen.core.classes import load_classes
+from ubgen.core.errors import UserError
 from ubgen.diffusion import StableDiffusion, initial_noise, sample, tokenize, with_sampler
 from ubgen.export.exportable import Exportable, Say
 from ubgen.export.networks import TextEncoder, VaeDecoder, vae_scale
@@ -98,13 +99,37 @@ def run_module(module: torch.nn.Module, inputs: Mapping[str, Tensor], device: st
 
 
 def expected_outputs(name: str, network: Exportable, device: str, say: Say) -> list[Tensor]:
-    """`outputs` of a network in float32: from the CPU, as exact and slower, where `device` has too little memory."""
+    """`outputs` of a network in float32: from the CPU, as exact and slower, where `device` has too little memory.
+
+    UserError when PyTorch's own output cannot be right: with NaN or infinity, or the same whatever the input.
+    """
     try:
-        return outputs(network, device)
+        results = outputs(network, device)
     except torch.OutOfMemoryError:
         say(f"{name}: does not fit {device} in float32; running PyTorch on the CPU")
-    torch.cuda.empty_cache()  # of what the error still held
-    return outputs(network, "cpu")
+        results = []
+    if not results:
+        torch.cuda.empty_cache()  # of what the error still held
+        results = outputs(network, "cpu")
+    require_informative(name, network, results)
+    return results
+
+
+def require_informative(name: str, network: Exportable, results: Sequence[Tensor]) -> None:
+    """UserError unless a comparison with these outputs can fail: two wrong sides may be equal."""
+    rows = torch.cat(list(results))
+    advice = "the weights cannot be right, or do not belong to their config"
+    if not rows.isfinite().all():
+        raise UserError(f"{name}: PyTorch's own output holds NaN or infinity on real inputs; {advice}")
+    given = [t for inputs in network.inputs for n, t in inputs.items() if n not in network.constant]
+    varied = any(bool((tensor != tensor[:1]).any()) for tensor in given)
+    if varied and bool((rows == rows[:1]).all()):
+        raise UserError(
+            f"{name}: PyTorch's own output is the same for all of {len(rows)} real inputs; {advice}"
+        )
+    flat = rows.reshape(len(rows), -1)
+    if flat.shape[1] > 1 and bool((flat == flat[:, :1]).all()):
+        raise UserError(f"{name}: PyTorch's own output is one value throughout on real inputs; {advice}")
 
 
 @torch.no_grad()

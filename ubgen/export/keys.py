@@ -5,11 +5,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ubgen.core.config import require_directory, to_dict
+from ubgen.core.config import require_directory, resolve_path, to_dict
 from ubgen.core.errors import UserError
 from ubgen.core.stage import MANIFEST, Stage, content_hash, library_versions, read_manifest
-from ubgen.diffusion import LORA_FILE
+from ubgen.diffusion import check_stable_diffusion, find_lora
 from ubgen.export.spec import EngineSpec, NetworkSpec
+from ubgen.rewards.clip import check_clip
+from ubgen.rewards.qalign_weights import check_weight_files
 from ubgen.runtime.engine import json_hash, key_parts
 
 FAMILY = {
@@ -33,22 +35,30 @@ _FILES = {
 
 
 def find_inputs(spec: EngineSpec, lora: str | Path | None) -> dict[str, Path]:
-    """The directories of all weights, and the file of the LoRA; UserError naming the option for one that is missing."""
+    """The directories of all weights, and the file of the LoRA, looked at without loading them.
+
+    UserError naming the option for one that is missing, and the file for one that is damaged or does not fit.
+    """
     found = {}
     for name, files in _FILES.items():
         option, path = f"--{name.replace('_', '-')}", getattr(spec.weights, name)
         if path is None:
             raise UserError(f"{option}: this spec names no weights of its own; give their directory")
         found[name] = require_directory(path, option, *files)
-    return found if lora is None else {**found, "lora": _lora_file(lora)}
+    check_stable_diffusion(found["stable_diffusion"])
+    check_clip(found["clip"])
+    check_weight_files(found["qalign"])
+    return found if lora is None else {**found, "lora": _lora_file(resolve_path(lora))}
 
 
-def _lora_file(path: str | Path) -> Path:
-    """The LoRA in the directory `path`; UserError when it has none or belongs to an unfinished training run."""
-    directory = require_directory(path, "--lora")
-    if (directory / ".lock").exists():  # made by a stage of ours, which may have been stopped
-        read_manifest(directory, "train")
-    return require_directory(directory, "--lora", LORA_FILE) / LORA_FILE
+def _lora_file(path: Path) -> Path:
+    """The LoRA's file, given itself or by its directory; UserError when that is of an unfinished training run."""
+    if (path / ".lock").exists():  # made by a stage of ours, which may have been stopped
+        read_manifest(path, "train")
+    try:
+        return find_lora(path)
+    except UserError as error:
+        raise UserError(f"--lora: {error}") from None
 
 
 def require_own_directory(out: Path, inputs: Mapping[str, Path]) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ubgen.core.console import quiet
 from ubgen.core.errors import UserError
 from ubgen.core.weights import read_json_object
-from ubgen.diffusion import StableDiffusion
+from ubgen.diffusion import StableDiffusion, read_lora
 from ubgen.export.exportable import Exportable
 from ubgen.export.qalign_graph import QAlignScorer
 from ubgen.rewards import Clip, QAlign, clip_preprocess
@@ -157,7 +157,7 @@ def qalign_networks(qalign: QAlign, pixels: Tensor) -> dict[str, Exportable]:
 def meta_networks(image_size: int, weights: Mapping[str, Path]) -> dict[str, Exportable]:
     """All six without weights, with two rows of inputs without values, from the weights' config files.
 
-    UserError when the image size does not fit the networks.
+    UserError when the image size or the LoRA does not fit the networks.
     """
     sd, clip, qalign = (
         _meta_stable_diffusion(weights["stable_diffusion"]),
@@ -165,6 +165,8 @@ def meta_networks(image_size: int, weights: Mapping[str, Path]) -> dict[str, Exp
         _meta_qalign(weights["qalign"]),
     )
     _check_image_size(image_size, sd)
+    if "lora" in weights:
+        read_lora(sd.unet, weights["lora"])
     unet, text, side = sd.unet.config, sd.text_encoder.config, image_size // vae_scale(sd.vae.config)
     latents = _empty(unet["in_channels"], side, side)
     prompt = _empty(text.max_position_embeddings, unet["cross_attention_dim"])
@@ -230,8 +232,9 @@ def _meta_clip(path: Path) -> Clip:
 
 
 def _meta_qalign(path: Path) -> QAlign:
-    from ubgen.rewards.qalign_weights import read_config
+    from ubgen.rewards.qalign_weights import check_weight_files, read_config
 
     with torch.device("meta"):
         model = QAlign(read_config(path))
+    check_weight_files(path, {name: tensor.shape for name, tensor in model.state_dict().items()})
     return model.to("meta").eval()

@@ -2,7 +2,7 @@
 
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,30 @@ def _indexed(index: Path) -> list[Path]:
     return files
 
 
-def check_weight_files(directory: Path) -> None:
-    """UserError when a file of the checkpoint is not there as a whole; reads the headers alone."""
+def check_weight_files(directory: Path, expected: Mapping[str, torch.Size] | None = None) -> None:
+    """UserError when a file of the checkpoint is not there as a whole; reads the headers alone.
+
+    `expected`: the network's tensors and their shapes, where the headers are to be compared with them.
+    """
+    found = set()
     for file in weight_files(directory):
-        if file.suffix == ".safetensors":
-            read_header(file)
-        else:
+        if file.suffix != ".safetensors":
             require_real_file(file)
+            expected = None  # a pickle has no header
+            continue
+        for name, tensor in read_header(file).items():
+            found.add(name)
+            if expected is not None and not IGNORED.search(name):
+                _check(file, name, torch.Size(tensor.shape), expected)
+    if expected is not None:
+        _require_all(directory, expected, found)
+
+
+def _require_all(directory: Path, expected: Iterable[str], found: Container[str]) -> None:
+    missing = [name for name in expected if name not in found]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"{directory}: the weights lack the tensor {missing[0]!r}{more}")
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -94,21 +111,18 @@ def load_into(model: nn.Module, directory: Path, dtype: torch.dtype, device: tor
         for name, tensor in _tensors(file):
             if IGNORED.search(name):
                 continue
-            _check(file, name, tensor, expected)
+            _check(file, name, tensor.shape, expected)
             state[name] = tensor.to(device=device, dtype=dtype, copy=True)
             require_finite([(name, state[name])], file)
-    missing = [name for name in expected if name not in state]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"{directory}: the weights lack the tensor {missing[0]!r}{more}")
+    _require_all(directory, expected, state)
     model.load_state_dict(state, assign=True)
 
 
-def _check(file: Path, name: str, tensor: Tensor, expected: dict[str, torch.Size]) -> None:
+def _check(file: Path, name: str, shape: torch.Size, expected: Mapping[str, torch.Size]) -> None:
     if name not in expected:
         raise UserError(
             f"{file}: unexpected tensor {name!r}, Q-Align with this config.json has none of that name"
         )
-    if tensor.shape != expected[name]:
-        shapes = f"{tuple(tensor.shape)}, config.json needs {tuple(expected[name])}"
+    if shape != expected[name]:
+        shapes = f"{tuple(shape)}, config.json needs {tuple(expected[name])}"
         raise UserError(f"{file}: tensor {name!r} has the shape {shapes}")

@@ -1,6 +1,7 @@
 """Plans: right about sizes without reading a weight, and a refusal before any work where memory is short."""
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ubgen.core.errors import UserError
 from ubgen.core.probes import Probe, at_least
@@ -19,6 +21,7 @@ from ubgen.export import EngineSpec, export_engine, load_spec, plan_export
 from ubgen.export.networks import UNet, VaeDecoder
 from ubgen.export.plan import NetworkPlan, memory_problem
 from ubgen.export.spec import BatchRange, Options
+from ubgen.rewards import QAlign
 
 GIB = 2**30
 SEVEN_BILLION = Path(__file__).parents[3] / "bench/qalign-7b.json"
@@ -65,8 +68,23 @@ def test_low_precision_halves_weights_and_work() -> None:
     assert half.weight_bytes < kept.weight_bytes < whole.weight_bytes
 
 
-def test_seven_billion_weights_from_their_config_alone(tmp_path: Path) -> None:
+def write_empty_weights(directory: Path) -> None:
+    """A safetensors file with the header of all of Q-Align's tensors, and a hole of 16 GB in place of their values."""
+    with torch.device("meta"):
+        tensors = QAlign(json.loads((directory / "config.json").read_text())).state_dict()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def test_seven_billion_weights_without_reading_them(tmp_path: Path) -> None:
     shutil.copyfile(SEVEN_BILLION, tmp_path / "config.json")
+    write_empty_weights(tmp_path)
     spec = with_network(load_spec("miniature", qalign=tmp_path), "qalign", precision="float16")
     plans = plan_export(spec).networks
     plan = plans[-1]
