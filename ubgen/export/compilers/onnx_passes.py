@@ -31,7 +31,8 @@ def fit_cpu(model: ir.Model) -> None:
     compute_equal_rows_once(model.graph)
     rewrite(model, pattern_rewrite_rules=[LowerGroupNorm.rule(), CutLinear.rule()])
     # after the cut: of both parts of a linear layer, too
-    rewrite(model, pattern_rewrite_rules=[FuseBias.rule(), ConvolveBeforeUpsampling.rule()])
+    rewrite(model, pattern_rewrite_rules=[FuseBias.rule()])
+    rewrite(model, pattern_rewrite_rules=[ConvolveBeforeUpsampling.rule()])
     RemoveUnusedNodesPass()(model)
     ClearMetadataAndDocStringPass()(model)  # traces of this machine's source files, most of the graph's bytes
 
