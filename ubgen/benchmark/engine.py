@@ -1,4 +1,4 @@
-"""`ubgen-bench engine`: every network of an engine, its denoising loop and its whole chain, against their peers."""
+"""`ubgen-bench engine`: every network of an engine, its denoising loop and its pipeline, beside their peers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +27,7 @@ Side = Callable[[], object]
 
 @dataclass(frozen=True)
 class Row:
-    """One side of one part: a network's name, "denoise" (the loop) or "chain" (noise to scored images)."""
+    """One side of one part: a network's name, "denoise" (the loop) or "pipeline" (noise to scored images)."""
 
     part: str
     side: str
@@ -118,7 +118,7 @@ def bench_engine(
     for part, rows_of_part, sides in _parts(work, peers, against):
         say(f"{part}: {', '.join(sides)}")
         timings = compare(
-            sides, engines.device, seconds=seconds, least=3 if part in ("denoise", "chain") else 5
+            sides, engines.device, seconds=seconds, least=3 if part in ("denoise", "pipeline") else 5
         )
         rows += [Row(part, side, rows_of_part, timing) for side, timing in timings.items()]
     if peers is not None:
@@ -153,12 +153,12 @@ def _parts(
         parts.append((name, work.rows[name], sides))
     noise = work.noise()
     loops: dict[str, Side] = {"engine": lambda: work.denoise(noise)}
-    chains: dict[str, Side] = {"engine": work.scored_images}
+    pipelines: dict[str, Side] = {"engine": work.scored_images}
     for side in against if peers else ():
         assert peers is not None
         loops[side] = _Peer(work, peers, side).latents
-        chains[side] = _Peer(work, peers, side).scored_images
-    return [*parts, ("denoise", work.images, loops), ("chain", work.images, chains)]
+        pipelines[side] = _Peer(work, peers, side).scored_images
+    return [*parts, ("denoise", work.images, loops), ("pipeline", work.images, pipelines)]
 
 
 def _bound(call: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Tensor]) -> Side:
@@ -201,4 +201,4 @@ def _agreement(work: Workload, peers: Peers) -> str:
     ours = work.scored_images().astype(int)
     theirs = _Peer(work, peers, "eager").scored_images().astype(int)
     share = float((np.abs(ours - theirs) <= 1).mean())
-    return f"Pixel values of the two chains within one grey level: {share:.3%}."
+    return f"Pixel values of the two pipelines within one grey level: {share:.3%}."

@@ -120,7 +120,7 @@ def bench_synth(
 
     "bare" is the same loop with nothing around it: denoise and decode, results thrown away. "diffusers" is
     StableDiffusionPipeline on the same weights, scheduler, steps, guidance and batch, in the UNet's precision; left
-    out with a note where the weights are gone. Opening the engine and encoding the prompts is in no side's time.
+    out with a note where the weights are gone. No side's time includes opening the engine and encoding the prompts.
     """
     _check(images=images, batch=batch, rounds=rounds, dataset=dataset, gpus=gpus)
     check_against(against, AGAINST)
@@ -227,7 +227,7 @@ class _Work:
         return self.plan.images / speed["worker_seconds"]
 
     def bare(self) -> float:
-        """Like ubgen-synth, with as many batches at a time as the engine was opened for."""
+        """As many batches at a time as in ubgen-synth."""
         start = time.perf_counter()
         with ThreadPoolExecutor(self.generator.concurrency) as pool:
             list(pool.map(self._one, self._batches()))
@@ -239,7 +239,7 @@ class _Work:
 
     def open_pipeline(self, engines: EngineSet) -> None:
         self._pipeline = load_peers(engines).pipeline
-        self._pipeline.to(dtype=self._pipeline.unet.dtype)  # it knows no casts between its networks
+        self._pipeline.to(dtype=self._pipeline.unet.dtype)  # it casts nothing between its networks
 
     def diffusers(self) -> float:
         before = torch.get_num_threads()

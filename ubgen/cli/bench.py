@@ -19,7 +19,7 @@ def engine(
     device: str | None = None,
     out: Path | None = None,
 ) -> None:
-    """Time an engine: each network at its best batch, the whole denoising loop, and images from noise to scores.
+    """Time an engine: each network at its best batch, the denoising loop, and the pipeline from noise to scored images.
 
     The peers run the same weights in the same precision in the same process, in turns with the engine. They need the
     weights at the paths that the engine's manifest names; without those the engine is timed alone.
@@ -29,7 +29,7 @@ def engine(
         batch: Rows of each network, within what it takes; the batch that it was made for if not given.
         seconds: About how long each part is measured, all sides together. Loops run 3 times at least.
         against: "eager" (PyTorch, and diffusers' own pipeline), "compile" (the same through torch.compile), or both.
-        steps: PNDM sampling steps of the loop and the chain.
+        steps: PNDM sampling steps of the loop and the pipeline.
         guidance: Classifier-free guidance scale.
         device: Where to run; by default the device that the engine was made for.
         out: Directory for engine.json and engine.md; without it the table is only shown.

@@ -28,7 +28,7 @@ class SynthConfig:
     seed: int = 0
     """Run seed; with the class, the image's index and the attempt it fixes each image's noise."""
     batch: int | Literal["best"] = "best"
-    """Images at a time; "best" is what the engine was made for."""
+    """Images at a time; "best" is the batch size that the engine was made for."""
     steps: int = 50
     """PNDM sampling steps."""
     guidance: float = 2.0
@@ -43,7 +43,7 @@ class SynthConfig:
     min_quality: float | None = None
     """Draw an image again whose Q-Align score is lower than this, from 1 (bad) to 5 (excellent)."""
     attempts: int = 10
-    """How often an image is drawn before it is exhausted. Broken images (NaN, one colour) are always drawn again."""
+    """Most draws of one image. A broken image (NaN, one colour) is drawn again even without a threshold."""
     exhausted: Literal["keep", "fail"] = "keep"
     """What becomes of an image that no attempt made good enough: "keep" the best one with a flag, or "fail" the run."""
     shard_size: int = 1000
@@ -68,7 +68,7 @@ class SynthConfig:
     """Name of the base model for the dataset's card, such as "stable-diffusion-v1-5/stable-diffusion-v1-5"; that of its
     directory if not given."""
     overwrite: bool = False
-    """Throw away what another run left in the output directory, and start again."""
+    """Delete what a run of ubgen-synth left in the output directory, and start again."""
 
     def check(self) -> None:
         """UserError naming the first option that is out of range."""

@@ -54,7 +54,7 @@ class Synthesised:
 
     def waits(self, most: int) -> str:
         """What the run waited for, as text."""
-        return _text(self.bottlenecks, most)
+        return _shares_text(self.bottlenecks, most)
 
 
 def synthesise(
@@ -163,7 +163,7 @@ class _Run:
 
         def decided(made: int, waits: dict[str, float]) -> None:
             nonlocal note
-            note = f"waits for {_text(waits, 2)}" if waits else ""
+            note = f"waits for {_shares_text(waits, 2)}" if waits else ""
             history.add(made)
 
         execute = run_ray if self.config.executor == "ray" else run_local
@@ -263,7 +263,7 @@ class _Run:
         }
 
 
-def _text(shares: dict[str, float], most: int) -> str:
+def _shares_text(shares: dict[str, float], most: int) -> str:
     """ "denoise 93 %, decode 5 %" """
     top = sorted(shares.items(), key=lambda item: -item[1])[:most]
     return ", ".join(f"{name} {share:.0%}".replace("%", " %") for name, share in top if share > 0)

@@ -14,7 +14,7 @@ from ubgen.cli import bench
 from ubgen.core.errors import UserError
 from ubgen.export import Exported, export_engine, load_spec
 
-PARTS = ["text_encoder", "unet", "vae_decoder", "clip_image", "clip_text", "qalign", "denoise", "chain"]
+PARTS = ["text_encoder", "unet", "vae_decoder", "clip_image", "clip_text", "qalign", "denoise", "pipeline"]
 
 
 def test_both_sides_of_every_part_are_timed(exported: Exported) -> None:
@@ -25,7 +25,7 @@ def test_both_sides_of_every_part_are_timed(exported: Exported) -> None:
     assert all(row.batch == 2 and row.timing.median > 0 for row in result.rows)
     assert result.settings["key"] == exported.key
     (agreement,) = result.notes
-    share = re.fullmatch(r"Pixel values of the two chains within one grey level: ([\d.]+)%\.", agreement)
+    share = re.fullmatch(r"Pixel values of the two pipelines within one grey level: ([\d.]+)%\.", agreement)
     assert share is not None
     assert float(share[1]) > 99.9
 
@@ -39,7 +39,7 @@ def test_an_engine_on_a_gpu_is_timed_to_the_end(
     exported = export_engine(load_spec(tmp_path / "gpu.toml", **family), tmp_path / "engine")
     result = bench_engine(exported.path, batch=2, seconds=0.05, steps=3)
     assert [row.part for row in result.rows if row.side == "engine"] == PARTS
-    assert result.notes[0].startswith("Pixel values of the two chains within one grey level: ")
+    assert result.notes[0].startswith("Pixel values of the two pipelines within one grey level: ")
 
 
 def test_torch_compile_can_be_the_other_side(exported: Exported) -> None:
@@ -66,7 +66,7 @@ def test_without_the_weights_the_engine_is_timed_alone_at_its_best_batch(
     assert {row.part: row.batch for row in result.rows} == {
         **best,
         "denoise": best["unet"],
-        "chain": best["unet"],
+        "pipeline": best["unet"],
     }
 
 
