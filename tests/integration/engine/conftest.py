@@ -1,6 +1,8 @@
 """One engine for all tests here: compiled from a complete family of tiny random networks in the real formats."""
 
+import fcntl
 import json
+import os
 import string
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ubgen.core.files import atomic_write
 from ubgen.export import Exported, export_engine, load_spec
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
@@ -30,9 +33,16 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def class_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("classes") / "classes.txt"
-    path.write_text("\n".join(NAMES), encoding="utf-8")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that all processes of a parallel run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def class_file(shared: Path) -> str:
+    path = shared / "classes.txt"
+    atomic_write(path, "\n".join(NAMES))
     return str(path)
 
 
@@ -71,10 +81,11 @@ def lora(tmp_path_factory: pytest.TempPathFactory, family: dict[str, str]) -> Pa
 
 
 @pytest.fixture(scope="session")
-def exported(
-    tmp_path_factory: pytest.TempPathFactory, family: dict[str, str], spec_file: Path, lora: Path
-) -> Exported:
-    return export_engine(load_spec(spec_file, **family), tmp_path_factory.mktemp("engine") / "out", lora)
+def exported(shared: Path, family: dict[str, str], spec_file: Path, lora: Path) -> Exported:
+    """Compiled by the first process that asks for it: the others have equal weights, so their engine has its key."""
+    with (shared / "engine.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return export_engine(load_spec(spec_file, **family), shared / "engine", lora)
 
 
 def write_stable_diffusion(path: Path) -> None:
