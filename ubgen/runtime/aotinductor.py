@@ -4,6 +4,7 @@ import ctypes
 import json
 import platform
 import re
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,7 +47,10 @@ class AotInductorNetwork(Network):
                 str(path), run_single_threaded=graphs, device_index=_index(device)
             )
         except Exception as error:  # of many kinds, from C++
-            raise UserError(f"{path} cannot be opened by AOTInductor: {first_line(error)}") from error
+            where = tempfile.gettempdir()
+            raise UserError(
+                f"{path} cannot be opened by AOTInductor, which unpacks it in {where}: {first_line(error)}"
+            ) from error
         _forget_file_pages()
         self._threads = threads
         self._output = signature.outputs[0].name

@@ -15,6 +15,7 @@ from ubgen.benchmark.machine import resident
 from ubgen.core.errors import UserError
 from ubgen.core.probes import aotinductor_cpu
 from ubgen.export.compilers import compile_network
+from ubgen.export.compilers.aotinductor import plain_directory
 from ubgen.export.exportable import Exportable
 from ubgen.export.spec import BatchRange, NetworkSpec
 from ubgen.runtime import Network, Signature
@@ -52,6 +53,45 @@ def package(small: Exportable, tmp_path_factory: pytest.TempPathFactory) -> Path
     files = compile_network(small, SPEC, directory / "small", "cpu", print)
     assert list(directory.iterdir()) == files
     return files[0]
+
+
+@pytest.mark.parametrize("name", ["two words", "o'clock", "$HOME", "a;b", "ä"])
+def test_the_compiler_works_in_a_directory_of_a_plain_name(tmp_path: Path, name: str) -> None:
+    odd = tmp_path / name
+    odd.mkdir()
+    assert plain_directory(odd, tmp_path) == tmp_path
+    assert plain_directory(tmp_path, odd) == tmp_path
+
+
+class Tiny(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.silu(x) * 2
+
+
+def test_a_package_is_made_in_any_directory_and_what_the_compiler_says_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / "it's two words"
+    odd.mkdir()
+    network = Exportable(Tiny().eval(), [{"x": torch.randn(3, 4)}], "y")
+    with monkeypatch.context() as full:
+        full.setenv("TMPDIR", str(tmp_path / "nowhere"))  # nothing can be written there
+        (file,) = compile_network(network, SPEC, odd / "tiny", "cpu", print)
+    loaded = backend("aotinductor").load("tiny", file, network.signature(BATCH), "cpu", 1, {})
+    torch.testing.assert_close(loaded.run(network.inputs[0])["y"], Tiny()(network.inputs[0]["x"]))
+    assert list(odd.iterdir()) == [file]
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(failing_compiler(tmp_path)),))
+    with pytest.raises(UserError, match=r"tiny: AOTInductor could not compile it: .*error: no such header"):
+        compile_network(network, SPEC, odd / "tiny", "cpu", print)
+
+
+def failing_compiler(directory: Path) -> Path:
+    """A C++ compiler that is found, and then fails."""
+    script = directory / "cxx"
+    version = 'case "$*" in *--version*) exec g++ "$@";; esac'
+    script.write_text(f'#!/bin/sh\n{version}\necho "x.cpp:1:2: error: no such header" >&2\nexit 1\n')
+    script.chmod(0o755)
+    return script
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,7 +1,10 @@
 """Engine directories: they run what was put in, and refuse to load anything else, saying what differs."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +187,18 @@ def test_a_gpu_beyond_the_last_is_named(engine: Path, monkeypatch: pytest.Monkey
 def test_another_device(engine: Path) -> None:
     with pytest.raises(UserError, match="cuda"):
         runtime.load(engine, device="cuda")
+
+
+def test_onnx_runtime_writes_nothing_below_the_home_directory(tmp_path: Path) -> None:
+    program = (
+        "import ubgen, onnx, onnxruntime\n"
+        "from onnx import TensorProto as T, helper as h\n"
+        "ends = [h.make_tensor_value_info(name, T.FLOAT, [1]) for name in 'xy']\n"
+        "graph = h.make_graph([h.make_node('Relu', ['x'], ['y'])], 'g', ends[:1], ends[1:])\n"
+        "model = h.make_model(graph, opset_imports=[h.make_opsetid('', 20)], ir_version=10)\n"
+        "onnxruntime.InferenceSession(model.SerializeToString(), providers=['CPUExecutionProvider'])\n"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": ""}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    assert list(tmp_path.rglob("*onnxruntime*")) == []

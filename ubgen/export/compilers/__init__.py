@@ -1,5 +1,6 @@
 """The compilers, one module each: a network in its precision -> the files that the runtime opens."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -11,6 +12,8 @@ from ubgen.core.errors import UserError, first_line
 from ubgen.export.exportable import Exportable, Say
 from ubgen.export.spec import NetworkSpec
 from ubgen.runtime.backends import backend
+
+_CPP_ERROR = re.compile(r"^.*(\berror: |No space left on device).*$", re.MULTILINE)
 
 
 def compile_network(
@@ -44,7 +47,8 @@ def compile_network(
 def one_line(name: str, compiler: str) -> Iterator[None]:
     """What goes wrong inside a compiler, of any kind and often pages long, as a UserError; the cause stays attached.
 
-    The line is from the innermost cause: it names the operator, while later errors show the graph.
+    The line is from the innermost cause: it names the operator, while later errors show the graph. Of a C++ compiler's
+    output the first error is shown.
     """
     try:
         yield
@@ -54,5 +58,6 @@ def one_line(name: str, compiler: str) -> Iterator[None]:
         first: BaseException = error
         while first.__cause__ is not None:
             first = first.__cause__
-        reason = f"{type(first).__name__}: {first_line(first)}"
+        found = _CPP_ERROR.search(str(first))
+        reason = f"{type(first).__name__}: {found[0].strip() if found else first_line(first)}"
         raise UserError(f"{name}: {compiler} could not compile it: {reason}") from error

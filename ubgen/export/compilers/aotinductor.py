@@ -2,17 +2,24 @@
 
 import json
 import os
+import re
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._inductor.utils import fresh_cache
 
+from ubgen.core.errors import UserError
 from ubgen.export.compilers import one_line
 from ubgen.export.exportable import Exportable, Say
 from ubgen.export.spec import NetworkSpec
 from ubgen.runtime.aotinductor import CPU_FEATURES, SIGNATURE, cpu_features
+
+_PLAIN = re.compile(r"[\w./+@%:,=-]+", re.ASCII)
 
 
 def compile_network(network: Exportable, spec: NetworkSpec, file: Path, device: str, say: Say) -> list[Path]:
@@ -22,8 +29,9 @@ def compile_network(network: Exportable, spec: NetworkSpec, file: Path, device: 
         CPU_FEATURES: cpu_features(),
     }
     with (
-        tempfile.TemporaryDirectory(prefix=f".{file.stem}.", dir=file.parent) as scratch,
+        tempfile.TemporaryDirectory(prefix=f"{file.stem}-", dir=plain_directory(file.parent)) as scratch,
         one_line(file.stem, "AOTInductor"),
+        _temporary_files_in(scratch),
         fresh_cache(dir=scratch),  # Inductor's own would keep a copy of the weights for good
     ):
         written = Path(scratch, file.name)
@@ -32,8 +40,36 @@ def compile_network(network: Exportable, spec: NetworkSpec, file: Path, device: 
             package_path=str(written),
             inductor_configs={**settings(spec), "aot_inductor.metadata": metadata},
         )
-        os.replace(written, file)
+        shutil.move(written, file)
     return [file]
+
+
+def plain_directory(*wanted: Path) -> Path:
+    """The first of `wanted`, or of the system's own, in which the C++ compiler can work.
+
+    Inductor writes paths into the compiler's command line without quotes, so that a space or an apostrophe ends them.
+    UserError when no directory will do.
+    """
+    for place in (*wanted, Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp")):
+        if _PLAIN.fullmatch(str(place.resolve())) and os.access(place, os.W_OK):
+            return place
+    raise UserError(
+        f"{wanted[0]}: AOTInductor needs a path without spaces and quotes; set TMPDIR to such a directory"
+    )
+
+
+@contextmanager
+def _temporary_files_in(directory: str) -> Iterator[None]:
+    """The C++ compiler's own temporary files go where the package goes, and not into a TMPDIR that may be full."""
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = directory
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
 
 
 def settings(spec: NetworkSpec) -> dict[str, Any]:
