@@ -80,8 +80,10 @@ def test_a_package_is_made_in_any_directory_and_what_the_compiler_says_is_shown(
     loaded = backend("aotinductor").load("tiny", file, network.signature(BATCH), "cpu", 1, {})
     torch.testing.assert_close(loaded.run(network.inputs[0])["y"], Tiny()(network.inputs[0]["x"]))
     assert list(odd.iterdir()) == [file]
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(failing_compiler(tmp_path)),))
-    with pytest.raises(UserError, match=r"tiny: AOTInductor could not compile it: .*error: no such header"):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (str(failing_compiler(tmp_path)),)}),
+        pytest.raises(UserError, match=r"tiny: AOTInductor could not compile it: .*error: no such header"),
+    ):
         compile_network(network, SPEC, odd / "tiny", "cpu", print)
 
 
