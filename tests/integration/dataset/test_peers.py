@@ -1,9 +1,11 @@
 """The libraries that people read datasets with open ours, and see every sample with its label."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ubgen.dataset import write_classes
 from ubgen.dataset.tools.convert import convert
 
 LABELS = [position % 4 for position in range(24)]
@@ -60,6 +63,60 @@ def test_timm_webdataset(jpegs: Path) -> None:
 
     samples = list(create_dataset("wds/", str(jpegs), split=f"{SHARDS}|24"))
     check([image for image, _ in samples], [label for _, label in samples])
+
+
+FOLDER_CLASSES = {
+    "splits": ["dev", "eval-board", "test tube", "train", "val"],
+    "mixed": [
+        "zebra",
+        "train",
+        "Train",
+        "validation.2",
+        "cat",
+        "a test",
+        "data",
+        "__pycache__",
+        "logs.eval",
+        "n2",
+        "n10",
+    ],
+    "sorted": ["a-dev", "a_testing", "training", "validation", "x.jpg", "y.zip"],
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of classes with hostile names, two images each, and one with a single image."""
+    place = tmp_path_factory.mktemp("folders")
+    for name, ids in {**FOLDER_CLASSES, "one": ["train"]}.items():
+        images = 1 if name == "one" else 2 * len(ids)
+        source = place / "sources" / name
+        source.mkdir(parents=True)
+        write_classes(source, ids, ids, ids)
+        with tarfile.open(source / "a.tar", "w") as tar:
+            for i in range(images):
+                jpeg = io.BytesIO()
+                Image.new("RGB", (8, 8), (20 * (i % len(ids)),) * 3).save(jpeg, "JPEG")
+                for ending, data in (("jpg", jpeg.getvalue()), ("cls", b"%d" % (i % len(ids)))):
+                    info = tarfile.TarInfo(f"{i}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        convert(source, place / name, "folder")
+    return {name: place / name for name in (*FOLDER_CLASSES, "one")}
+
+
+@pytest.mark.parametrize("name", FOLDER_CLASSES)
+def test_folders_of_hostile_class_names(folders: dict[str, Path], name: str) -> None:
+    """A class called "train" is a class: neither a split, nor the directory that timm looks for."""
+    from timm.data import create_dataset
+    from torchvision.datasets import ImageFolder
+
+    want = sorted(2 * list(range(len(FOLDER_CLASSES[name]))))
+    timms = [create_dataset("", str(folders[name]), split=split) for split in ("train", "validation")]
+    for data in (ImageFolder(folders[name]), *timms):
+        samples = [(label, brightness(image) / 20) for image, label in data]
+        assert sorted(label for label, _ in samples) == want
+        assert all(abs(label - level) < 0.2 for label, level in samples)
 
 
 def read_with_dali(dataset: Path, extension: str, **options: int) -> tuple[list[Any], list[int]]:
@@ -118,7 +175,9 @@ print(json.dumps({request["form"]: read(**request) for request in json.loads(sys
 
 @pytest.fixture(scope="session")
 def read_by_hugging_face(
-    datasets_by_extension: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    datasets_by_extension: Callable[[str], Path],
+    folders: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], dict[str, Any]]:
     """What load_dataset makes of each form, by its name; once for each kind of image."""
 
@@ -133,6 +192,11 @@ def read_by_hugging_face(
             request("card", extension, "cls", str(dataset)),
             request("parquet", "image", "label", str(place / "parquet")),
             request("folder", "image", "label", str(place / "folder")),
+            *(request(name, "image", "label", str(path)) for name, path in folders.items()),
+            *(
+                request(f"{name} by name", "image", "label", "imagefolder", data_dir=str(path))
+                for name, path in folders.items()
+            ),
         )
 
     return read
@@ -166,6 +230,18 @@ def test_hugging_face(
     assert pairs == sorted((position % 4, 60 * (position % 4) + position) for position in range(24))
     if form == "parquet":
         assert read["names"] == ["tench, Tinca tinca", "crane (n02012849)", "crane (n03126707)", "../a/b <b>"]
+
+
+@pytest.mark.parametrize("how", ["", " by name"])
+def test_hugging_face_folders(read_by_hugging_face: Callable[[str], dict[str, Any]], how: str) -> None:
+    """Of any number of images, whatever the classes are called."""
+    for name, ids in FOLDER_CLASSES.items():
+        read = read_by_hugging_face("jpg")[name + how]
+        assert sorted(read["labels"]) == sorted(2 * list(range(len(ids))))
+        assert all(
+            abs(20 * label - mean) < 4 for label, mean in zip(read["labels"], read["means"], strict=True)
+        )
+    assert read_by_hugging_face("jpg")["one" + how]["labels"] == [0]
 
 
 def test_mlcroissant(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, Warned
 from ubgen.core.locks import hold
 from ubgen.dataset import open_dataset, open_store
 from ubgen.dataset.tools.convert import Format, convert
@@ -320,6 +320,18 @@ def test_directories_sort_as_the_labels(ids: list[str]) -> None:
     names = directory_names(ids)
     assert len({name.lower() for name in names}) == len(ids)
     assert names == sorted(names) == sorted(names, key=natural_key)
+
+
+def test_classes_without_images_are_named_with_what_readers_need(tmp_path: Path) -> None:
+    from timm.data import create_dataset
+    from torchvision.datasets import ImageFolder
+
+    source = foreign(tmp_path / "src" / "a.tar", [*GOOD, ("b.jpg", jpeg()), ("b.cls", b"3")])
+    with pytest.warns(Warned, match=r"class 1 and 1 more have no images.*class_map='class_map.txt'"):
+        convert(source, tmp_path / "out", "folder")
+    timms = create_dataset("", str(tmp_path / "out"), class_map="class_map.txt")
+    for data in (timms, ImageFolder(tmp_path / "out", allow_empty=True)):
+        assert sorted(label for _, label in data) == [0, 3]
 
 
 def test_ids_that_sort_well_stay_as_they_are() -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ubgen.core.errors import UserError, install_extra
+from ubgen.core.errors import UserError, install_extra, warn
 from ubgen.core.files import Store, open_store
 from ubgen.dataset.card import CARD
 from ubgen.dataset.shards import ShardWriter, finished_shard, number
@@ -18,6 +18,9 @@ from ubgen.dataset.text import SCORES, plain, safe_names
 from ubgen.dataset.tools.tars import SourceSample
 
 _ROW_GROUP = 100  # images; what Hugging Face writes, so that a reader fetches some megabytes at a time
+_SHARDS = '"shard-*.tar"'
+CLASS_MAP = "class_map.txt"
+_LABEL = re.compile(rb'^\{"file_name": "[^"]*", "label": (\d+),', re.MULTILINE)
 _OWN = {*SCORES, "class_index", "flag"}
 
 
@@ -25,8 +28,8 @@ class Layout(ABC):
     """`parts` parts in `store`."""
 
     title: str
-    pattern = ""
-    """Of the data files, for Hugging Face; empty where it finds them itself."""
+    files: str
+    """The data files for Hugging Face, as a YAML pattern or list of patterns."""
     reading: str
 
     def __init__(self, store: Store, classes: Sequence[Mapping[str, Any]], parts: int) -> None:
@@ -46,7 +49,7 @@ class Layout(ABC):
     def _card(self, source: str, images: int) -> str:
         """The source's card with other words on reading, or a short one if the source has none of ours."""
         head, found, _ = source.partition("## Reading it")
-        if not found:
+        if not found or _SHARDS not in head:
             head = f"""---
 task_categories:
 - image-classification
@@ -56,7 +59,7 @@ configs:
 - config_name: default
   data_files:
   - split: train
-    path: "shard-*.tar"
+    path: {_SHARDS}
 ---
 
 # Converted WebDataset
@@ -64,10 +67,7 @@ configs:
 {images} images of {len(self.classes)} classes.
 
 """
-        if self.pattern:
-            head = head.replace('path: "shard-*.tar"', f'path: "{self.pattern}"')
-        else:
-            head = re.sub(r"^configs:\n(?:(?:- |  ).*\n)+", "", head, flags=re.MULTILINE)
+        head = head.replace(f"path: {_SHARDS}", f"path: {self.files}")
         return f"{head.replace('- webdataset', f'- {self.title}', 1)}## Reading it\n\n{self.reading}\n"
 
 
@@ -75,6 +75,7 @@ class Folder(Layout):
     """CLASS/KEY.jpg, metadata.jsonl and classes.json, as torchvision's ImageFolder and Hugging Face's imagefolder."""
 
     title = "imagefolder"
+    files = '["*/*", "metadata.jsonl"]'
     reading = """One directory for each class; `metadata.jsonl` holds label, prompt, identity and scores of every image.
 
 ```python
@@ -102,12 +103,26 @@ for image, label in ImageFolder("."):
         return self.store.size(self._part(number)) is not None
 
     def finish(self, source_card: str | None, images: int) -> None:
+        there: set[int] = set()
         with self.store.new_file("metadata.jsonl") as file:
             for number in range(self.parts):
-                file.write(self.store.read(self._part(number)))
+                lines = self.store.read(self._part(number))
+                file.write(lines)
+                there.update(map(int, _LABEL.findall(lines)))
+        if empty := [entry["id"] for entry in self.classes if entry["index"] not in there]:
+            self._write_class_map(empty)
         super().finish(source_card, images)
         for number in range(self.parts):
             self.store.delete(self._part(number))
+
+    def _write_class_map(self, empty: Sequence[str]) -> None:
+        """For timm, which numbers only directories with images."""
+        self.store.write(CLASS_MAP, "".join(f"{name}\n" for name in self.names))
+        others = f" and {len(empty) - 1} more have" if empty[1:] else " has"
+        warn(
+            f"class {plain(empty[0], 60)}{others} no images, so that readers of folders number the other classes "
+            f"differently: ImageFolder needs allow_empty=True, timm class_map={CLASS_MAP!r}"
+        )
 
     def _part(self, number: int) -> str:
         """A file: torchvision takes every directory for a class."""
@@ -132,7 +147,7 @@ class Parquet(Layout):
     """train-00000-of-00012.parquet, ..., which Hugging Face `datasets` opens with an Image and a ClassLabel."""
 
     title = "parquet"
-    pattern = "train-*.parquet"
+    files = '"train-*.parquet"'
     reading = """`train-*.parquet` hold image, label (with the names), key, prompt, scores, and the rest as JSON.
 
 ```python
@@ -197,7 +212,7 @@ class WebDataset(Layout):
     """shard-000000.tar with .idx and .json, ..., as ubgen-synth writes them."""
 
     title = "webdataset"
-    pattern = "shard-*.tar"
+    files = _SHARDS
     reading = """```python
 import webdataset as wds
 
