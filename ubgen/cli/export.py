@@ -36,9 +36,10 @@ def export(
         stable_diffusion: Directory in diffusers layout, in place of the spec's.
         clip: Directory with open_clip_config.json and weights, in place of the spec's.
         qalign: Directory of the Q-Align checkpoint, in place of the spec's.
-        overwrite: Replace a finished engine in the output directory, also one that another version of ubgen made from
-            the same inputs.
-        dry_run: Show what would be built, with sizes, and do nothing. Reads config files alone.
+        overwrite: Replace a finished engine in the output directory. Networks that another engine has in common with
+            it are kept; the very same engine is built anew.
+        dry_run: Show what would be built, with sizes, and do nothing. Reads configs, tokenizers and the headers of
+            weight files, and says what does not fit.
         list_specs: Show the shipped specs and whether this machine can build them, and do nothing.
     """
     from ubgen.export import export_engine, load_spec, plan_export

@@ -68,7 +68,7 @@ def export_engine(
 
     A network that misses its tolerance in low precision is compiled again with the layers that cause it in float32.
     Networks that an interrupted export, or an engine that is replaced, left in `out` are kept where nothing that they
-    depend on has changed. A finished engine made by another version of this package stays unless `overwrite` is given.
+    depend on has changed. `overwrite` replaces a finished engine; the very same one is built anew.
 
     UserError when an input is missing, this machine can't build the spec, `out` overlaps an input or holds anything but
     an engine, it is finished with another one and `overwrite` is not given, or the engines are further from PyTorch
@@ -83,7 +83,7 @@ def export_engine(
     directory = EngineDirectory(out)
     parts = engine_parts(spec, inputs, directory.hashes)
     finished = _finished(directory, json_hash(parts))
-    if finished and not (finished.outdated and overwrite):
+    if finished and not overwrite:
         directory.hashes.save()
         return finished
     config = {"spec": spec.content(), "weights": {name: str(path) for name, path in inputs.items()}}
@@ -94,6 +94,10 @@ def export_engine(
         raise UserError(problem)
     with stage.hold():
         stage.begin()
+        if (
+            finished and not finished.outdated
+        ):  # of another version, the networks' keys tell which are built anew
+            directory.forget(name for name, _ in spec.networks.items())
         return _Build(spec, inputs, parts, directory, say).run(stage)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -62,6 +62,11 @@ class EngineDirectory:
             return built if same and self._intact(built.entry["files"]) else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+    def forget(self, names: Iterable[str]) -> None:
+        """From here on these networks count as not built."""
+        for name in names:
+            (self.path / f"{name}.json").unlink(missing_ok=True)
 
     def finished(self, key: str) -> dict[str, Any] | None:
         """The manifest, when the directory holds the engine `key` whole."""

@@ -83,6 +83,24 @@ def test_the_plan_names_the_files_that_are_written(
     assert set(planned.built) - set(other.built) == {"unet"}
 
 
+class Stopped(Exception):
+    """Raised by the listener, to save the rest of the work."""
+
+
+def test_overwriting_the_very_same_engine_builds_it_anew(
+    exported: Exported, family: dict[str, str], spec_file: Path, lora: Path, tmp_path: Path
+) -> None:
+    engine = Path(shutil.copytree(exported.path, tmp_path / "engine"))
+
+    def stop(line: str) -> None:
+        if "is here" in line or "compiling" in line:
+            raise Stopped(line)
+
+    with pytest.raises(Stopped, match="text_encoder: compiling"):
+        export_engine(load_spec(spec_file, **family), engine, lora, overwrite=True, say=stop)
+    assert not (engine / "manifest.json").exists()
+
+
 def test_a_finished_engine_is_not_replaced_by_another(
     exported: Exported, family: dict[str, str], spec_file: Path, lora: Path
 ) -> None:

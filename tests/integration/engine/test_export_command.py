@@ -75,6 +75,7 @@ def test_an_engine_of_another_version_of_ubgen_runs_and_is_replaced_on_request(
     command.main()
     assert f"{out} written (key" in capsys.readouterr().out
     assert runtime.load(out).key == exported.key
+    monkeypatch.setattr("sys.argv", ["ubgen-export", *options, "--out", str(out)])
     command.main()  # now it is this version's
     text = capsys.readouterr().out
     assert "nothing was done" in text
