@@ -105,6 +105,16 @@ class Pipeline:
             "size": all(torch.equal(a[:1], b) for a, b in zip(whole, alone, strict=True)),
         }
 
+    def warm_up(self, rows: int) -> None:
+        """Call every network that works on images twice, on `rows` rows.
+
+        At its second call a size of batch is captured as a CUDA graph, and nothing else may use the GPU meanwhile: on a
+        GPU this comes before several threads share the pipeline.
+        """
+        noise, cond = torch.zeros(rows, *self.latent_shape, device=self.device), self.uncond
+        for _ in range(2):
+            self._single_calls(noise, cond.expand(rows, *cond.shape[1:]))
+
     @torch.no_grad()
     def _single_calls(self, noise: Tensor, cond: Tensor) -> list[Tensor]:
         timestep = torch.full((len(noise),), 501.0, device=self.device)

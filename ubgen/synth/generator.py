@@ -84,6 +84,8 @@ class Generator:
         self.batch = images_at_a_time(config, self._pipeline.batch)
         self._prompts = self._pipeline.encode_prompts(prompts or classes.names)
         self._photos = self._pipeline.encode_photos(classes.names)
+        if self.device.type == "cuda":
+            self._pipeline.warm_up(self.batch)
 
     def make(self, items: Sequence[Item]) -> list[Made]:
         """Images of `items`, which may mix classes freely: no row depends on the others."""

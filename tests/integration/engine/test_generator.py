@@ -68,6 +68,22 @@ def test_a_network_that_varies_with_its_batch_is_found_out(
     }
 
 
+def test_warming_up_calls_every_network_on_images_twice(exported: Exported) -> None:
+    """A second call of the same size is the one that captures a CUDA graph."""
+    engines, calls = load(exported.path), list[tuple[str, int]]()
+
+    def counted(name: str) -> Bent:
+        return Bent(engines[name], lambda rows: (calls.append((name, len(rows))), rows)[1])
+
+    networks = {name: counted(name) for name in engines}
+    pipeline = Pipeline(networks, exported.path, steps=2, guidance=2.0)  # type: ignore[arg-type]
+    calls.clear()
+    pipeline.warm_up(4)
+    assert sorted(calls) == sorted(
+        2 * [(name, 4) for name in ("unet", "vae_decoder", "clip_image", "qalign")]
+    )
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
