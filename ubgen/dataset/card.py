@@ -61,6 +61,8 @@ class CardFacts:
     """Free text: an id that the Hub knows ("cc-by-4.0"), a name or an address."""
     stats: Mapping[str, Any] = field(default_factory=dict)
     """Of `dataset_stats`."""
+    notes: Sequence[str] = ()
+    """Sentences on what a user of the dataset should know of its prompts."""
 
 
 def write_classes(
@@ -105,6 +107,8 @@ def card_text(facts: CardFacts, class_names: Sequence[str]) -> str:
     parts = [_metadata(facts), f"# {escape(facts.title)}", _introduction(facts), table]
     if scores := _scores(facts.stats):
         parts += ["## Scores", scores]
+    if facts.notes:
+        parts += ["## Prompts", "\n".join(f"- {escape(note, 400)}" for note in facts.notes)]
     parts += ["## Classes", _class_list(class_names), "## Reading it", _reading(facts)]
     return "\n\n".join(parts) + "\n"
 

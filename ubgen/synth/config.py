@@ -38,6 +38,8 @@ class SynthConfig:
     prompts: Path | None = None
     """UTF-8 text file of "id<TAB>prompt" lines for the classes whose name would mislead ("crane"); the others keep
     --prompt."""
+    same_prompts: bool = False
+    """Accept classes whose prompts are equal, or become equal when they are cut to the tokenizer's length."""
     min_similarity: float | None = None
     """Draw an image again whose CLIP similarity to "photo of {name}" is lower than this, from -1 to 1."""
     min_quality: float | None = None

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ubgen.core.classes import ClassList
-from ubgen.core.errors import UserError
 from ubgen.dataset import Store, finished_shards
 from ubgen.synth.config import SynthConfig
 
@@ -64,41 +62,6 @@ class Plan:
         """Shards that are not there yet, or not with the number of samples that they should have."""
         there = finished_shards(store)
         return [i for i in range(self.shards) if i not in there or there[i].count != self.shard_length(i)]
-
-
-def class_prompts(classes: ClassList, template: str, overrides: Path | None) -> tuple[str, ...]:
-    """The prompt of every class, in label order: `template` with {name} replaced, or what `overrides` says.
-
-    `overrides` is a UTF-8 text file of "id<TAB>prompt" lines. UserError for a line that is not of that form, an id that
-    is not in the list, and an id that comes twice.
-    """
-    prompts = {
-        c: template.replace("{name}", name) for c, name in zip(classes.ids, classes.names, strict=True)
-    }
-    seen = set[str]()
-    for number, line in enumerate(_lines(overrides) if overrides else [], start=1):
-        if not line.strip():
-            continue
-        class_id, _, prompt = (part.strip() for part in line.partition("\t"))
-        where = f"{overrides}, line {number}"
-        if not prompt or "\t" in prompt:
-            raise UserError(f'{where}: expected "id<TAB>prompt"')
-        if class_id not in prompts:
-            raise UserError(f"{where}: no class has the id {class_id!r}")
-        if class_id in seen:
-            raise UserError(f"{where}: the id {class_id!r} came before")
-        seen.add(class_id)
-        prompts[class_id] = prompt
-    return tuple(prompts[c] for c in classes.ids)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.expanduser().read_bytes().decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8; save the file as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"--prompts {path}: {error.strerror}") from None
 
 
 def identity(config: SynthConfig, plan: Plan, engine_key: str) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from ubgen.dataset.tools.stats import dataset_stats
 from ubgen.synth.config import SynthConfig
 from ubgen.synth.generator import OpenSource, check_fits, engine_device, open_engine
 from ubgen.synth.local import Job, devices, run_local
-from ubgen.synth.plan import Plan, class_prompts, identity
+from ubgen.synth.plan import Plan, identity
+from ubgen.synth.prompts import check_prompts, class_prompts
 from ubgen.synth.ray_cluster import cluster, run_ray
 from ubgen.synth.speed import SPEED_FILES, History, Speed, leave, shares, speed_files, total
 from ubgen.synth.worker import EXHAUSTED_FILES
@@ -151,6 +152,13 @@ class _Run:
         here = devices(self.config) if self.config.executor != "ray" else [None]
         if self.job.open_source is open_engine:
             check_fits(self.config, self.engine, here[0])
+            self.prompt_notes()
+
+    def prompt_notes(self) -> list[str]:
+        """What the card says of prompts that are equal or cut; UserError where equal ones are not allowed."""
+        if self.job.open_source is not open_engine:  # a benchmark's, whose engine is none
+            return []
+        return check_prompts(self.config, self.plan.classes, self.plan.prompts, self.engine)
 
     def make_missing(self, progress: Report, say: Callable[[str], None]) -> Speed:
         """By this call; with `points`."""
@@ -247,6 +255,7 @@ class _Run:
             engine_key=self.engine["engine"]["key"],
             licence=config.licence,
             stats=stats,
+            notes=self.prompt_notes(),
             **self._origin(),
         )
         write_card(store, facts)

@@ -11,7 +11,8 @@ from ubgen.core.errors import UserError
 from ubgen.core.stage import first_difference
 from ubgen.dataset import ShardWriter, open_store
 from ubgen.synth.config import SynthConfig
-from ubgen.synth.plan import Plan, class_prompts, identity
+from ubgen.synth.plan import Plan, identity
+from ubgen.synth.prompts import class_prompts
 
 CLASSES = ClassList(("a", "b", "c"), ("ant", "bee\u202e", "crane/crow"))
 CONFIG = SynthConfig(Path("engine"), "list.txt", per_class=3, out="out", shard_size=4)
