@@ -66,7 +66,7 @@ def check_prompts(
         warn(note)
     if len(notes) > _SHOWN:
         warn(f"{len(notes) - _SHOWN} more prompts are cut; the dataset's card names them")
-    pairs = _equal([tuple([*ids[: limit - 1], ids[-1]]) for ids in tokens], classes)
+    pairs = _equal([(*ids[: limit - 1], ids[-1]) for ids in tokens], classes)
     allowed = config.same_prompts or _is_shipped(config)
     for a, b in pairs:
         line = f"classes {a} and {b} have the same prompt, so that their images cannot differ"
