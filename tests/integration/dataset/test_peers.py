@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ubgen.dataset import write_classes
+from ubgen.core.errors import Warned
+from ubgen.dataset import open_dataset, write_classes
 from ubgen.dataset.tools.convert import convert
 
 LABELS = [position % 4 for position in range(24)]
@@ -84,6 +85,18 @@ FOLDER_CLASSES = {
 }
 
 
+def write_tar(path: Path, samples: list[dict[str, bytes]]) -> None:
+    """Each with an image of its class's brightness."""
+    with tarfile.open(path, "w") as tar:
+        for i, sample in enumerate(samples):
+            jpeg = io.BytesIO()
+            Image.new("RGB", (8, 8), (20 * int(sample["cls"]),) * 3).save(jpeg, "JPEG")
+            for ending, data in {"jpg": jpeg.getvalue(), **sample}.items():
+                info = tarfile.TarInfo(f"{i}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of classes with hostile names, two images each, and one with a single image."""
@@ -93,14 +106,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         source = place / "sources" / name
         source.mkdir(parents=True)
         write_classes(source, ids, ids, ids)
-        with tarfile.open(source / "a.tar", "w") as tar:
-            for i in range(images):
-                jpeg = io.BytesIO()
-                Image.new("RGB", (8, 8), (20 * (i % len(ids)),) * 3).save(jpeg, "JPEG")
-                for ending, data in (("jpg", jpeg.getvalue()), ("cls", b"%d" % (i % len(ids)))):
-                    info = tarfile.TarInfo(f"{i}.{ending}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        write_tar(source / "a.tar", [{"cls": b"%d" % (i % len(ids))} for i in range(images)])
         convert(source, place / name, "folder")
     return {name: place / name for name in (*FOLDER_CLASSES, "one")}
 
@@ -173,10 +179,44 @@ print(json.dumps({request["form"]: read(**request) for request in json.loads(sys
 """
 
 
+LATER: dict[str, tuple[Any, Any]] = {  # values of a field in the first six samples, and in the others
+    "null": (None, "a caption"),
+    "to null": ("a caption", None),
+    "number": (1, 1.5),
+    "mixed": (3, "three"),
+    "object": ({"x": 1}, "y"),
+    "list": ([], [1]),
+    "items": ([None], [1]),
+    "inner": ({"x": None, "y": [{"z": 1}]}, {"x": 2, "y": [{"z": None}]}),
+    "large": (1, 2**64),
+    "text": ("a", "\ud800"),
+    "same": ({"x": [1.5], "y": None}, {"x": [2.5], "y": None}),
+}
+
+
+@pytest.fixture(scope="session")
+def changing_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards made from a tar whose JSON has fields that change their type on the way."""
+    place = tmp_path_factory.mktemp("json")
+    (place / "source").mkdir()
+    metas = [{name: values[i > 5] for name, values in LATER.items()} for i in range(12)]
+    samples = [{"cls": b"%d" % (i % 4), "json": json.dumps(meta).encode()} for i, meta in enumerate(metas)]
+    write_tar(place / "source" / "a.tar", samples)
+    with pytest.warns(Warned) as told:
+        convert(place / "source", place / "out", "webdataset", 8)
+    assert [str(warning.message) for warning in told] == [
+        "the samples' JSON has values in 'items', 'large', 'mixed' and 1 more that no column of one type holds; "
+        "they become text",
+        "the samples' JSON has 'inner', 'list', 'null' and 1 more empty in some samples; there the field is left out",
+    ]
+    return place / "out"
+
+
 @pytest.fixture(scope="session")
 def read_by_hugging_face(
     datasets_by_extension: Callable[[str], Path],
     folders: dict[str, Path],
+    changing_json: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], dict[str, Any]]:
     """What load_dataset makes of each form, by its name; once for each kind of image."""
@@ -192,6 +232,7 @@ def read_by_hugging_face(
             request("card", extension, "cls", str(dataset)),
             request("parquet", "image", "label", str(place / "parquet")),
             request("folder", "image", "label", str(place / "folder")),
+            request("changing JSON", "jpg", "cls", str(changing_json)),
             *(request(name, "image", "label", str(path)) for name, path in folders.items()),
             *(
                 request(f"{name} by name", "image", "label", "imagefolder", data_dir=str(path))
@@ -242,6 +283,40 @@ def test_hugging_face_folders(read_by_hugging_face: Callable[[str], dict[str, An
             abs(20 * label - mean) < 4 for label, mean in zip(read["labels"], read["means"], strict=True)
         )
     assert read_by_hugging_face("jpg")["one" + how]["labels"] == [0]
+
+
+def test_hugging_face_reads_json_whose_fields_change(
+    read_by_hugging_face: Callable[[str], dict[str, Any]], changing_json: Path
+) -> None:
+    read = read_by_hugging_face("jpg")["changing JSON"]
+    assert read["labels"] == [i % 4 for i in range(12)]
+    metas = [sample.meta for sample in open_dataset(changing_json)]
+    assert metas[0] == {
+        "class_index": 0,
+        "to null": "a caption",
+        "number": 1.0,
+        "mixed": "3",
+        "object": '{"x": 1}',
+        "items": "[null]",
+        "inner": {"y": [{"z": 1}]},
+        "large": "1",
+        "text": "a",
+        "same": {"x": [1.5], "y": None},
+    }
+    assert isinstance(metas[0]["number"], float)
+    assert metas[11] == {
+        "class_index": 3,
+        "null": "a caption",
+        "number": 1.5,
+        "mixed": "three",
+        "object": "y",
+        "list": [1],
+        "items": "[1]",
+        "inner": {"x": 2, "y": [{}]},
+        "large": "18446744073709551616",
+        "text": "?",
+        "same": {"x": [2.5], "y": None},
+    }
 
 
 def test_mlcroissant(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

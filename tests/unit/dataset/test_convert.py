@@ -1,19 +1,15 @@
 """Conversions: the same samples in every layout, resumable, and safe whatever a tar holds."""
 
-import io
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from ubgen.core.errors import UserError, Warned
+from ubgen.core.errors import UserError
 from ubgen.core.locks import hold
 from ubgen.dataset import open_dataset, open_store
 from ubgen.dataset.tools.convert import Format, convert
@@ -138,6 +134,17 @@ def test_an_output_that_holds_something_else_is_refused(tmp_path: Path, make: Ma
         convert(source, tmp_path / "new", "folder", 0)
 
 
+def test_shards_hold_one_kind_of_images(tmp_path: Path, make: Make) -> None:
+    """Hugging Face takes the columns from the first: it would drop the images of the other kind."""
+    source = make(tmp_path / "d", extension="png")
+    make(tmp_path / "jpg", shards=1)
+    for file in (tmp_path / "jpg").glob("shard-000000.*"):
+        file.replace(source / file.name)
+    with pytest.raises(UserError, match=r"holds \.jpg and \.png images.*--to folder or parquet"):
+        convert(source, tmp_path / "out", "webdataset", 6)
+    assert convert(source, tmp_path / "folder", "folder") == (12, True)
+
+
 def test_a_finished_conversion_is_left_as_it_is(tmp_path: Path, make: Make) -> None:
     source, out = make(tmp_path / "d"), tmp_path / "out"
     convert(source, out, "folder")
@@ -171,143 +178,6 @@ def test_an_unfinished_or_damaged_source_is_refused(tmp_path: Path, make: Make) 
     assert not (tmp_path / "out").exists()
 
 
-def jpeg(value: int = 0) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, value, value)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def foreign(path: Path, members: list[tuple[str, bytes | tarfile.TarInfo]], **options: Any) -> Path:
-    """A tar of a directory of its own; a TarInfo takes the place of a plain file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", **options) as tar:
-        for name, data in members:
-            if isinstance(data, tarfile.TarInfo):
-                tar.addfile(data, io.BytesIO(b"\0" * data.size))
-            else:
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return path.parent
-
-
-@pytest.mark.parametrize("to", FORMATS)
-def test_tars_of_others(tmp_path: Path, to: Format) -> None:
-    """Directories in names, other members, long names in either extension, and labels with gaps are all usual."""
-    long = "train/" + "long" * 60
-    directory = tarfile.TarInfo("train")
-    directory.type = tarfile.DIRTYPE
-    members = [("train", directory)]
-    for key, label in (("train/b", 2), (long, 0), ("./c", 2)):
-        members += [
-            (f"{key}.JPG", jpeg(label)),
-            (f"{key}.cls", b"%d\n" % label),
-            (f"{key}.txt", b"a caption"),
-        ]
-        members += [(f"{key}.json", b'{"prompt": "p", "quality": NaN, "flag": 3}')]
-    source = foreign(tmp_path / "src" / "a.tar", members, format=tarfile.GNU_FORMAT)
-    foreign(tmp_path / "src" / "b.tar", [("d.cls", b"1"), ("d.jpg", jpeg(9))], format=tarfile.PAX_FORMAT)
-    assert convert(source, tmp_path / "out", to, 3) == (4, True)
-    if to == "webdataset":
-        labels = [s.label for s in open_dataset(tmp_path / "out")]
-    else:
-        labels = [row[1] for row in content(tmp_path / "out", to)]
-    assert labels == [2, 0, 2, 1]
-    assert {p.name for p in tmp_path.iterdir()} == {"src", "out"}
-
-
-def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname, info.size = kind, link, size
-    return info
-
-
-GOOD = [("a.jpg", jpeg()), ("a.cls", b"0")]
-BAD: dict[str, tuple[list[tuple[str, bytes | tarfile.TarInfo]], str]] = {
-    "climbs": ([("../../evil.jpg", jpeg()), ("../../evil.cls", b"0")], "leads out of the archive"),
-    "climbs inside": ([("a/../../evil.jpg", jpeg())], "leads out of the archive"),
-    "absolute": ([("/tmp/evil.jpg", jpeg())], "leads out of the archive"),
-    "backslash": ([("..\\evil.jpg", jpeg())], "leads out of the archive"),
-    "newline": ([("a\nb.jpg", jpeg())], "control characters"),
-    "direction": ([("\u202egpj.jpg", jpeg())], "control characters"),
-    "symlink": ([("b.jpg", member("b.jpg", tarfile.SYMTYPE, "/etc/passwd"))], "is a link"),
-    "hardlink": ([("b.jpg", member("b.jpg", tarfile.LNKTYPE, "a.jpg"))], "is a link"),
-    "device": ([("b.jpg", member("b.jpg", tarfile.CHRTYPE))], "a device"),
-    "fifo": ([("b.jpg", member("b.jpg", tarfile.FIFOTYPE))], "a device"),
-    "huge text": ([("b.cls", member("b.cls", size=65))], "more than is sensible"),
-    "twice": ([("b.jpg", jpeg()), ("b.jpg", jpeg())], "comes twice"),
-    "two images": ([("b.jpg", jpeg()), ("b.png", b""), ("b.cls", b"0")], "must have one image"),
-    "no image": ([("b.cls", b"0")], "must have one image"),
-    "no label": ([("b.jpg", jpeg())], "has no .cls"),
-    "large label": ([("b.jpg", jpeg()), ("b.cls", b"9999999")], "so many classes need a classes.json"),
-    "strange label": ([("b.jpg", jpeg()), ("b.cls", b"-1")], "must be the class index"),
-    "no JPEG": ([("b.jpg", b"GIF89a"), ("b.cls", b"0")], "is not the image"),
-    "no JSON": ([("b.jpg", jpeg()), ("b.cls", b"0"), ("b.json", b"[1]")], "is not a JSON object"),
-    "deep JSON": ([("b.jpg", jpeg()), ("b.cls", b"0"), ("b.json", b"[" * 10**5)], "is not a JSON object"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_hostile_members_are_refused_in_one_line(tmp_path: Path, kind: str) -> None:
-    members, message = BAD[kind]
-    source = foreign(tmp_path / "src" / "a.tar", [*GOOD, *members])
-    for to in FORMATS:
-        with pytest.raises(UserError, match=message) as caught:
-            convert(source, tmp_path / to, to)
-        assert str(source) in str(caught.value)
-        assert str(caught.value).isprintable()
-    assert {p.name for p in tmp_path.rglob("*") if "evil" in p.name} == set()
-    assert {p.name for p in tmp_path.iterdir()} <= {"src", *FORMATS}
-
-
-def test_a_huge_or_false_size_is_refused(tmp_path: Path) -> None:
-    header = member("b.jpg", size=2**40).tobuf(tarfile.GNU_FORMAT)
-    source = foreign(tmp_path / "src" / "a.tar", GOOD)
-    whole = (source / "a.tar").read_bytes()
-    whole = whole[: whole.index(b"a.cls") + 1024]
-    (source / "a.tar").write_bytes(whole + header)
-    with pytest.raises(UserError, match="1099511627776 bytes, more than is sensible"):
-        convert(source, tmp_path / "out", "folder")
-    (source / "a.tar").write_bytes(whole + member("b.jpg", size=10**6).tobuf(tarfile.GNU_FORMAT))
-    with pytest.raises(UserError, match=r"a\.tar"):
-        convert(source, tmp_path / "out", "folder")
-
-
-def test_a_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
-    """A long-name header states how much of the file is the name; the file here is a hole of 300 MB."""
-    path = tmp_path / "src" / "a.tar"
-    path.parent.mkdir()
-    with path.open("wb") as file:
-        file.write(
-            member("././@LongLink", tarfile.GNUTYPE_LONGNAME, size=300 << 20).tobuf(tarfile.GNU_FORMAT)
-        )
-        file.truncate(301 << 20)
-    with pytest.raises(UserError, match="a header is too large"):
-        convert(path.parent, tmp_path / "out", "folder")
-
-
-@pytest.mark.parametrize("damage", ["header", "short", "text", "gzip"])
-def test_damaged_tars_are_refused(tmp_path: Path, damage: str) -> None:
-    source = foreign(tmp_path / "src" / "a.tar", [*GOOD, ("b.jpg", jpeg()), ("b.cls", b"0")])
-    path = source / "a.tar"
-    data = bytearray(path.read_bytes())
-    place = data.index(b"b.jpg")
-    changed = {
-        "header": data[: place + 3] + b"X" + data[place + 4 :],
-        "short": data[: place + 512 + 100],
-        "text": b"this is not a tar",
-        "gzip": b"\x1f\x8b\x08" + bytes(1000),
-    }
-    path.write_bytes(changed[damage])
-    with pytest.raises(UserError, match=r"a\.tar"):
-        convert(source, tmp_path / "out", "folder")
-
-
-def test_a_directory_without_tars_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no \.tar file"):
-        convert(tmp_path / "nothing", tmp_path / "out", "folder")
-
-
 @settings(deadline=None)  # the first call imports timm
 @given(
     st.lists(
@@ -320,18 +190,6 @@ def test_directories_sort_as_the_labels(ids: list[str]) -> None:
     names = directory_names(ids)
     assert len({name.lower() for name in names}) == len(ids)
     assert names == sorted(names) == sorted(names, key=natural_key)
-
-
-def test_classes_without_images_are_named_with_what_readers_need(tmp_path: Path) -> None:
-    from timm.data import create_dataset
-    from torchvision.datasets import ImageFolder
-
-    source = foreign(tmp_path / "src" / "a.tar", [*GOOD, ("b.jpg", jpeg()), ("b.cls", b"3")])
-    with pytest.warns(Warned, match=r"class 1 and 1 more have no images.*class_map='class_map.txt'"):
-        convert(source, tmp_path / "out", "folder")
-    timms = create_dataset("", str(tmp_path / "out"), class_map="class_map.txt")
-    for data in (timms, ImageFolder(tmp_path / "out", allow_empty=True)):
-        assert sorted(label for _, label in data) == [0, 3]
 
 
 def test_ids_that_sort_well_stay_as_they_are() -> None:

@@ -16,10 +16,11 @@ from ubgen.core.errors import UserError
 from ubgen.core.files import Store, open_store
 from ubgen.core.stage import MANIFEST, RUN, Stage
 from ubgen.dataset.card import CARD, CLASSES, REJECTIONS, read_classes, write_classes
-from ubgen.dataset.reader import open_dataset
+from ubgen.dataset.reader import ShardDataset, open_dataset
 from ubgen.dataset.shards import ShardInfo
-from ubgen.dataset.tools.formats import Layout, layout
-from ubgen.dataset.tools.tars import SourceSample, read_samples, scan_labels
+from ubgen.dataset.tools.columns import Columns
+from ubgen.dataset.tools.formats import OWN, Layout, layout
+from ubgen.dataset.tools.tars import SourceSample, read_samples, scan, tar_names
 
 Format = Literal["folder", "parquet", "webdataset"]
 Progress = Callable[[int, int], None]
@@ -42,6 +43,10 @@ class Source:
     classes: tuple[Mapping[str, Any], ...]
     shards: tuple[ShardInfo, ...] = ()
     """Of a ubgen dataset; their ledgers are kept."""
+    extensions: frozenset[str] = frozenset()
+    """Of the images."""
+    columns: Columns | None = None
+    """Of the samples' JSON, where that is not ours."""
 
     @property
     def images(self) -> int:
@@ -65,7 +70,8 @@ class Source:
                     f"{CLASSES} has {len(self.classes)} classes, from 0"
                 )
             rejected = self.shards[number].rejected() if self.shards and found == 0 else ()
-            yield replace(sample, position=first + found, rejected=rejected)
+            meta = self.columns.fitted(sample.meta) if self.columns else sample.meta
+            yield replace(sample, position=first + found, rejected=rejected, meta=meta)
             found += 1
         if found != stop:
             raise UserError(
@@ -92,7 +98,7 @@ def convert(
     read_from, write_to = open_store(source), open_store(out)
     if write_to.url.rstrip("/") == read_from.url.rstrip("/"):
         raise UserError(f"{out} is the dataset itself; choose another output directory")
-    origin = open_source(read_from)
+    origin = open_source(read_from, to)
     conversion = {"source": read_from.url, "to": to, "shard_size": size}
     stage = Stage(
         write_to,
@@ -105,6 +111,8 @@ def convert(
         if stage.state == "finished":
             return Converted(origin.images, made=False)
         stage.begin()
+        if origin.columns:
+            origin.columns.tell()
         _copy_about(origin, write_to)
         made = layout(to, write_to, origin.classes, -(-origin.images // size))
         _make_parts(origin, made, size, progress)
@@ -114,19 +122,28 @@ def convert(
     return Converted(origin.images, made=True)
 
 
-def open_source(store: Store) -> Source:
+def open_source(store: Store, to: Format) -> Source:
     """A finished ubgen dataset by its sidecars, or any directory of tars by looking through all of them."""
     if store.size(MANIFEST) is not None or store.size(RUN) is not None:
-        dataset = open_dataset(store)
-        shards = tuple(dataset.shards)
-        return Source(store, tuple((s.tar, s.count) for s in shards), tuple(dataset.classes), shards)
-    tars = [name for name in store.names() if name.endswith(".tar") and not name.startswith(".")]
-    if not tars:
+        source = _ours(open_dataset(store))
+    else:
+        source = _foreign(store, Columns(without=OWN) if to == "webdataset" else None)
+    if to == "webdataset" and len(source.extensions) > 1:
         raise UserError(
-            f"{store} holds no .tar file; expected a ubgen dataset or a directory of WebDataset tars"
+            f"{store} holds .jpg and .png images, but shards are of one kind; choose --to folder or parquet"
         )
-    labels = [scan_labels(store, name) for name in tars]
-    largest = max((max(of_tar, default=-1) for of_tar in labels), default=-1)
+    return source
+
+
+def _ours(dataset: ShardDataset) -> Source:
+    tars = tuple((shard.tar, shard.count) for shard in dataset.shards)
+    extensions = frozenset(shard.extension for shard in dataset.shards)
+    return Source(dataset.store, tars, tuple(dataset.classes), tuple(dataset.shards), extensions)
+
+
+def _foreign(store: Store, columns: Columns | None) -> Source:
+    tars = {name: scan(store, name, columns) for name in tar_names(store)}
+    largest = max((label for tar in tars.values() for label in tar.labels), default=-1)
     if largest < 0:
         raise UserError(f"{store}: its .tar files hold no sample")
     named = store.size(CLASSES) is not None
@@ -135,8 +152,9 @@ def open_source(store: Store) -> Source:
             f"{store}: a sample has class {largest}; so many classes need a {CLASSES} beside the tars"
         )
     classes = read_classes(store) if named else _nameless(largest + 1)
-    counted = zip(tars, map(len, labels), strict=True)
-    return Source(store, tuple((name, count) for name, count in counted if count), tuple(classes))
+    counted = tuple((name, len(tar.labels)) for name, tar in tars.items() if tar.labels)
+    extensions = frozenset[str]().union(*(tar.extensions for tar in tars.values()))
+    return Source(store, counted, tuple(classes), (), extensions, columns)
 
 
 def _nameless(count: int) -> list[dict[str, Any]]:

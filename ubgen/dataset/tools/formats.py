@@ -21,7 +21,7 @@ _ROW_GROUP = 100  # images; what Hugging Face writes, so that a reader fetches s
 _SHARDS = '"shard-*.tar"'
 CLASS_MAP = "class_map.txt"
 _LABEL = re.compile(rb'^\{"file_name": "[^"]*", "label": (\d+),', re.MULTILINE)
-_OWN = {*SCORES, "class_index", "flag"}
+OWN = {*SCORES, "class_index", "flag"}
 
 
 class Layout(ABC):
@@ -230,8 +230,9 @@ for image, label in wds.WebDataset("shard-000000.tar", shardshuffle=False).decod
                         f"sample {sample.key[:100]!r} is {sample.extension}, those before it {extension}; "
                         "a shard holds one kind of images"
                     )
-                meta = {name: value for name, value in sample.meta.items() if name not in _OWN}
+                meta = {name: value for name, value in sample.meta.items() if name not in OWN}
                 flag = sample.meta.get("flag")
+                flag = flag if flag is None or isinstance(flag, str) else json.dumps(flag)
                 scores = {name: value for name, value in _scores(sample.meta).items() if value is not None}
                 writer.write(sample.position, sample.image, sample.label, meta, scores, flag)
                 for entry in sample.rejected:
@@ -275,7 +276,8 @@ def _scores(meta: Mapping[str, Any]) -> dict[str, float | None]:
 
 def _prompt(meta: Mapping[str, Any]) -> str:
     """Lone surrogates cannot be stored."""
-    return str(meta.get("prompt", "")).encode(errors="replace").decode()
+    prompt = meta.get("prompt")
+    return "" if prompt is None else str(prompt).encode(errors="replace").decode()
 
 
 def _natural(name: str) -> list[int | str]:
