@@ -1,0 +1,288 @@
+"""From an encoded image to a normalised tensor: decoding, and timm's training and evaluation transforms.
+
+timm's own code does the augmentation. It draws from Python's, NumPy's and PyTorch's global generators, which threads
+share. So its modules are loaded a second time here, privately, and read a generator that each thread has for itself
+and that is seeded from (seed, epoch, sample). The modules that others import stay as they are.
+"""
+
+import hashlib
+import importlib.util
+import io
+import math
+import random
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ubgen.core.errors import UserError, first_line
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+CROP_RATIO = 224 / 256
+_LARGEST = 178_956_970  # pixels; beyond it Pillow, too, takes an image for a decompression bomb
+_EXIF_WITHIN = 1 << 16
+_ORIENTATION = 0x0112
+
+
+class BrokenSample(UserError):
+    """An image that cannot be used; the message names it."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to a training image; the defaults are the paper's (Table 6)."""
+
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """Area of the random crop, as a share of the image."""
+    crop_aspect: tuple[float, float] = (0.75, 4 / 3)
+    """Its aspect ratio."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    rand_augment: str = "rand-m9-mstd0.5-inc1"
+    """timm's name for RandAugment's setting; "" for none."""
+    erasing: float = 0.25
+    """Probability of erasing a rectangle with pixel noise."""
+
+
+# --- decoding
+
+
+def decode(data: bytes, shrink_to: int = 0) -> np.ndarray:
+    """HW3 uint8 of an encoded image, upright: an orientation in EXIF is applied.
+
+    Grey, palette and CMYK images become RGB; 16-bit greys are scaled to 8 bits; transparency is dropped, as by
+    `Image.convert`. With `shrink_to`, a JPEG may come at a half, a quarter or an eighth of its size, with its shorter
+    side still at least that long. Exceptions of many kinds for what is not a whole image.
+    """
+    if (size := image_size(data)) is None:
+        return _decode_by_pillow(data)
+    height, width = size
+    scale = _scale(height, width, shrink_to)
+    return simplejpeg.decode_jpeg(
+        data, "RGB", min_height=-(-height // scale), min_width=-(-width // scale), min_factor=scale
+    )
+
+
+def image_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that simplejpeg decodes, from its header; None for any other image."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    _require_sensible(height, width)
+    return (height, width) if colours in ("YCbCr", "Gray", "RGB") and _is_upright(data) else None
+
+
+def _is_upright(data: bytes) -> bool:
+    if data.find(b"Exif\0\0", 0, _EXIF_WITHIN) < 0:
+        return True
+    with Image.open(io.BytesIO(data)) as image:
+        return image.getexif().get(_ORIENTATION, 1) == 1
+
+
+def _scale(height: int, width: int, shrink_to: int) -> int:
+    """1, 2, 4 or 8: what libjpeg divides by cheaply."""
+    if not shrink_to:
+        return 1
+    return max(s for s in (1, 2, 4, 8) if s == 1 or min(height, width) >= s * shrink_to)
+
+
+def _decode_by_pillow(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        _require_sensible(image.height, image.width)
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):
+            grey = (np.asarray(upright).astype(np.uint16) >> 8).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=2)
+        if upright.mode in ("I", "F"):
+            raise ValueError(f"its pixels are 32-bit numbers (mode {upright.mode}), which have no range")
+        return np.asarray(upright.convert("RGB"))
+
+
+def _require_sensible(height: int, width: int) -> None:
+    if height * width > _LARGEST:
+        raise ValueError(f"{width}x{height} pixels are more than is sensible")
+
+
+# --- drawing
+
+
+class _Draws(threading.local):
+    """This thread's generators, for timm's private modules."""
+
+    def __init__(self) -> None:
+        self.seed(0)
+
+    def seed(self, value: int) -> None:
+        self.python = random.Random(value)
+        self.numpy = np.random.Generator(np.random.SFC64(value))
+
+
+_draws = _Draws()
+
+
+class _Python:
+    """In place of the module `random`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_draws.python, name)
+
+
+class _Numpy:
+    """In place of `numpy`: its `random` is this thread's, all else NumPy's."""
+
+    random = SimpleNamespace(choice=lambda *args, **options: _draws.numpy.choice(*args, **options))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+def _private(module: str) -> ModuleType:
+    """timm's module, loaded a second time, with our generators."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.loader is not None
+    private = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(private)
+    private.random = _Python()  # type: ignore[attr-defined]
+    private.np = _Numpy()  # type: ignore[attr-defined]
+    return private
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """Keeping no bit gives black, as Pillow did before 13, which raises."""
+    if bits_to_keep >= 8:
+        return image
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return ImageOps.posterize(image, bits_to_keep)
+
+
+def _noise(per_pixel: bool, rand_color: bool, patch_size: Sequence[int], dtype: Any, device: Any) -> Tensor:
+    """`_get_pixels` of timm's erasing, which draws from PyTorch's global generator."""
+    return torch.from_numpy(_draws.numpy.standard_normal(tuple(patch_size), dtype=np.float32))
+
+
+_operations = _private("timm.data.auto_augment")
+_operations.NAME_TO_OP.update(
+    {name: _posterize for name in _operations.NAME_TO_OP if name.startswith("Posterize")}
+)
+_erasing = _private("timm.data.random_erasing")
+_erasing._get_pixels = _noise  # type: ignore[attr-defined]
+_crops = _private("timm.data.transforms")
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """What a sample's random numbers come from, in an epoch."""
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest(), "little"
+    )
+
+
+# --- transforms
+
+
+class TrainingTransform:
+    """timm's `transforms_imagenet_train` for one encoded image; safe to share between threads.
+
+    Random resized crop (bicubic, antialiased), flip, RandAugment, normalisation, erasing: in this order. A JPEG is
+    decoded at a reduced scale where the crop is at least twice `image_size` in both directions.
+    """
+
+    def __init__(self, image_size: int, augmentation: Augmentation | None = None) -> None:
+        self.size, self.settings = image_size, augmentation or Augmentation()
+        self._erase = _erasing.RandomErasing(
+            self.settings.erasing, mode="pixel", max_count=1, num_splits=0, device="cpu"
+        )
+        self._augment = None
+        if self.settings.rand_augment:
+            self._augment = _operations.rand_augment_transform(
+                self.settings.rand_augment,
+                {
+                    "translate_const": int(image_size * 0.45),
+                    "img_mean": tuple(round(255 * value) for value in MEAN),
+                    "interpolation": Image.Resampling.BICUBIC,
+                },
+            )
+
+    def __call__(self, data: bytes, seed: int) -> np.ndarray:
+        """3HW float32. The same bytes and seed give the same pixels."""
+        _draws.seed(seed)
+        image = self._crop(data)
+        if _draws.python.random() < self.settings.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self._augment is not None:
+            image = self._augment(image)
+        pixels = normalised(image)
+        self._erase(torch.from_numpy(pixels))
+        return pixels
+
+    def _crop(self, data: bytes) -> Image.Image:
+        size, form = (self.size, self.size), Image.Resampling.BICUBIC
+        full = image_size(data)
+        pixels = decode(data) if full is None else None
+        full = full or pixels.shape[:2]  # type: ignore[union-attr]
+        top, left, height, width = self.box(*full)
+        if pixels is None:
+            # scaled down so far, the crop still has `size` pixels each way
+            pixels = decode(data, math.ceil(self.size * min(full) / max(1, min(height, width))))
+        if pixels.shape[:2] == full:
+            crop = pixels[top : top + height, left : left + width]
+            return Image.fromarray(np.ascontiguousarray(crop)).resize(size, form)
+        y, x = pixels.shape[0] / full[0], pixels.shape[1] / full[1]
+        box = (
+            left * x,
+            top * y,
+            min((left + width) * x, pixels.shape[1]),
+            min((top + height) * y, pixels.shape[0]),
+        )
+        return Image.fromarray(pixels).resize(size, form, box=box)
+
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """A random crop: top, left, height, width."""
+        frame = torch.empty(3, height, width, device="meta")
+        settings = self.settings
+        return _crops.RandomResizedCropAndInterpolation.get_params(
+            frame, settings.crop_area, settings.crop_aspect
+        )
+
+
+class EvaluationTransform:
+    """timm's `transforms_imagenet_eval`: the shorter side to image_size / crop_ratio, centre crop."""
+
+    def __init__(self, image_size: int, crop_ratio: float = CROP_RATIO) -> None:
+        self.size, self.shorter = image_size, math.floor(image_size / crop_ratio)
+
+    def __call__(self, data: bytes, seed: int = 0) -> np.ndarray:
+        """3HW float32; nothing is random."""
+        image = Image.fromarray(decode(data))
+        width, height = image.size
+        # as torchvision rounds: the longer side is cut to whole pixels
+        if width <= height:
+            size = self.shorter, int(self.shorter * height / width)
+        else:
+            size = int(self.shorter * width / height), self.shorter
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        left, top = (round((side - self.size) / 2) for side in image.size)
+        return normalised(image.crop((left, top, left + self.size, top + self.size)))
+
+
+_SHIFT = np.array(MEAN, np.float32) * 255
+_FACTOR = 1 / (np.array(STD, np.float32) * 255)
+
+
+def normalised(image: Image.Image) -> np.ndarray:
+    """3HW float32: (value / 255 - mean) / standard deviation, of ImageNet's channels."""
+    pixels = np.asarray(image, np.float32)
+    return np.ascontiguousarray(((pixels - _SHIFT) * _FACTOR).transpose(2, 0, 1))
+
+
+def broken(where: str, error: BaseException) -> BrokenSample:
+    """The error that names a sample."""
+    return BrokenSample(f"{where}: not a usable image ({first_line(error)})")

@@ -1,0 +1,315 @@
+"""Training sets of three kinds under one description: ubgen's shards, image folders, and WebDataset tars of others.
+
+A `TrainingSet` holds arrays, not objects: 1.3 million samples take about 60 MB. Labels come from the sidecars, the
+folders or the `.cls` members, never from the order in which images are read.
+"""
+
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ubgen.core.classes import load_classes
+from ubgen.core.errors import UserError
+from ubgen.core.files import LocalStore, Store, open_store
+from ubgen.core.stage import MANIFEST
+from ubgen.dataset import ShardInfo, open_dataset
+from ubgen.dataset.card import CLASSES, read_classes
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""What `torchvision.datasets.ImageFolder` takes for an image; other files of a folder do not count."""
+
+
+class Strings:
+    """Many short texts in one buffer."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        self._ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+        self._data = b"".join(encoded)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Strings"]) -> "Strings":
+        whole = cls([])
+        starts = np.cumsum([0, *(len(part._data) for part in parts)])
+        ends = [part._ends + start for part, start in zip(parts, starts, strict=False)]
+        whole._ends = np.concatenate([np.empty(0, np.int64), *ends])
+        whole._data = b"".join(part._data for part in parts)
+        return whole
+
+    @property
+    def nbytes(self) -> int:
+        return self._ends.nbytes + len(self._data)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = int(self._ends[index - 1]) if index else 0
+        return self._data[start : int(self._ends[index])].decode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSet:
+    """Labelled, encoded images in `store`: each a part of a tar, or a file of its own."""
+
+    store: Store
+    kind: str
+    """"shards", "folders" or "tars"."""
+    class_ids: tuple[str, ...]
+    labels: np.ndarray
+    """(N,) int32, index into class_ids."""
+    keys: Strings
+    """A sample's name in the dataset."""
+    files: Sequence[str]
+    """Of tars and shards: their names. Unused for folders, where the key is the file."""
+    places: np.ndarray
+    """(N, 3) int64: number of the file, offset, size. Empty for folders."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> bytes:
+        """The encoded image of a sample. OSError where it cannot be read."""
+        if self.kind == "folders":
+            return self.store.read(self.keys[index])
+        file, offset, size = self.places[index].tolist()
+        return self.store.read_range(self.files[file], offset, offset + size)
+
+    def describe(self, index: int) -> str:
+        """A sample for people: where it lies."""
+        if self.kind == "folders":
+            return self.store.address(self.keys[index])
+        return f"{self.store.address(self.files[int(self.places[index, 0])])}: sample {self.keys[index]}"
+
+    def counts(self) -> np.ndarray:
+        """(K,) samples of each class."""
+        return np.bincount(self.labels, minlength=len(self.class_ids))
+
+
+def open_training_set(where: str | Path | Store | TrainingSet, classes: str | None = None) -> TrainingSet:
+    """What lies at `where`, a directory or URL.
+
+    A manifest or classes.json with shards makes it a dataset of ubgen, whose classes are those of classes.json. A
+    directory with tars is a WebDataset: labels are the numbers in its `.cls` members, and class ids come from
+    `classes` (a shipped list or a file, as for ubgen-synth), from a classes.json beside the tars, or are the numbers
+    themselves. Anything else is an image folder: one directory for each class, labelled in the order in which
+    `torchvision.datasets.ImageFolder` sorts the names, as texts: "10" comes before "2".
+
+    UserError when it is none of these, is unfinished, or has a class without an image.
+    """
+    if isinstance(where, TrainingSet):
+        return where
+    store = open_store(where)
+    names = store.names()
+    tars = [name for name in names if name.endswith(".tar")]
+    if MANIFEST in names and any(name.startswith("shard-") for name in tars):
+        found = _shards(store)
+    elif tars:
+        found = _tars(store, tars, classes)
+    else:
+        found = _folders(store)
+    if not len(found):
+        raise UserError(f"{store} holds no image")
+    if (empty := np.flatnonzero(found.counts() == 0)).size:
+        raise UserError(
+            f"{store}: class {found.class_ids[empty[0]]!r} has no image ({empty.size} of {len(found.class_ids)} "
+            "classes are empty); add images, or remove the class"
+        )
+    return found
+
+
+def require_class_count(data: TrainingSet, wanted: int | None) -> None:
+    """UserError unless the dataset has the number of classes that the user expects."""
+    if wanted is not None and wanted != len(data.class_ids):
+        raise UserError(f"--num-classes {wanted}: {data.store} has {len(data.class_ids)} classes")
+
+
+def matched(validation: TrainingSet, training: TrainingSet) -> TrainingSet:
+    """The validation set with the labels of the training set, matched by class id and not by position.
+
+    UserError naming a class that is in one and not in the other.
+    """
+    position = {name: i for i, name in enumerate(training.class_ids)}
+    for name in validation.class_ids:
+        if name not in position:
+            raise UserError(f"class {name!r} of {validation.store} is not in {training.store}")
+    for name in training.class_ids:
+        if name not in validation.class_ids:
+            raise UserError(f"class {name!r} of {training.store} is not in {validation.store}")
+    renumbered = np.array([position[name] for name in validation.class_ids], np.int32)
+    return replace(validation, class_ids=training.class_ids, labels=renumbered[validation.labels])
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """(N,) int64: a permutation of the whole dataset, from (seed, epoch) alone.
+
+    Samples are sorted by numbers of Philox, whose raw stream NumPy keeps the same from version to version.
+    """
+    raw = np.random.Philox(np.random.SeedSequence([seed % 2**64, epoch])).random_raw(count)
+    return np.argsort(raw, kind="stable")
+
+
+def rank_order(count: int, seed: int, epoch: int, rank: int, ranks: int) -> np.ndarray:
+    """This rank's samples of an epoch: every `ranks`-th of `epoch_order`.
+
+    Over all ranks each sample comes once, and the samples of the first n batches of all ranks together are the same
+    for any number of ranks. Ranks differ by at most one sample.
+    """
+    if not 0 <= rank < ranks:
+        raise UserError(f"rank must be at least 0 and below ranks ({ranks}), not {rank}")
+    return epoch_order(count, seed, epoch)[rank::ranks]
+
+
+class _Part(NamedTuple):
+    """The samples of one tar."""
+
+    labels: np.ndarray
+    places: np.ndarray
+    keys: Strings
+
+
+def _joined(
+    store: Store, kind: str, ids: Sequence[str], files: Sequence[str], parts: Sequence[_Part]
+) -> TrainingSet:
+    numbers = np.repeat(np.arange(len(parts)), [len(part.labels) for part in parts])
+    labels = np.concatenate([part.labels for part in parts])
+    places = np.column_stack([numbers, np.concatenate([part.places for part in parts])])
+    if (unknown := np.flatnonzero((labels < 0) | (labels >= len(ids)))).size:
+        which = files[int(numbers[unknown[0]])]
+        raise UserError(
+            f"{store.address(which)}: label {labels[unknown[0]]}, but there are only {len(ids)} classes"
+        )
+    return TrainingSet(
+        store, kind, tuple(ids), labels, Strings.joined([part.keys for part in parts]), files, places
+    )
+
+
+def _shards(store: Store) -> TrainingSet:
+    dataset = open_dataset(store)
+    ids = [entry["id"] for entry in dataset.classes]
+    parts = [_shard(shard) for shard in dataset.shards]
+    return _joined(store, "shards", ids, [shard.tar for shard in dataset.shards], parts)
+
+
+def _shard(shard: ShardInfo) -> _Part:
+    """Of a sidecar only what training needs: a million `SampleRecord`s would take half a minute."""
+    try:
+        samples = json.loads(shard.store.read(shard.sidecar))["samples"]
+        rows = np.array([(s["class_index"], *s["image"]) for s in samples], np.int64).reshape(-1, 3)
+        keys = Strings([s["key"] for s in samples])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise shard.damaged() from None
+    ends = rows[:, 1] + rows[:, 2]
+    if len(rows) != shard.count or (rows < 0).any() or (ends > shard.bytes).any():
+        raise shard.damaged()
+    return _Part(rows[:, 0].astype(np.int32), rows[:, 1:], keys)
+
+
+def _folders(store: Store) -> TrainingSet:
+    if not isinstance(store, LocalStore):
+        raise UserError(
+            f"{store} holds no shards and no tars; image folders are read from a local directory only"
+        )
+    root = store.local_path
+    if not root.is_dir():
+        raise UserError(f"{root}: no such directory")
+    ids = sorted(
+        entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
+    )
+    if not ids:
+        raise UserError(f"{root} is not a dataset: it holds no tar and no directory of images")
+    labels, parts = [], []
+    for label, name in enumerate(ids):
+        files = sorted(_images_below(str(root / name), name))
+        labels.append(np.full(len(files), label, np.int32))
+        parts.append(Strings(files))
+    return TrainingSet(
+        store,
+        "folders",
+        tuple(ids),
+        np.concatenate(labels),
+        Strings.joined(parts),
+        (),
+        np.empty((0, 3), np.int64),
+    )
+
+
+def _images_below(directory: str, prefix: str) -> Iterator[str]:
+    for entry in os.scandir(directory):
+        name = f"{prefix}/{entry.name}"
+        if entry.is_dir():
+            yield from _images_below(entry.path, name)
+        elif entry.name.lower().endswith(IMAGE_ENDINGS):
+            yield name
+
+
+def _tars(store: Store, names: Sequence[str], classes: str | None) -> TrainingSet:
+    parts = [_tar(store, name) for name in names]
+    highest = max((int(part.labels.max()) for part in parts if len(part.labels)), default=-1)
+    return _joined(store, "tars", _ids_of_tars(store, classes, highest + 1), names, parts)
+
+
+def _ids_of_tars(store: Store, classes: str | None, count: int) -> Sequence[str]:
+    if classes is not None:
+        return load_classes(classes).ids
+    if store.size(CLASSES) is not None:
+        return [entry["id"] for entry in read_classes(store)]
+    return [str(number) for number in range(count)]
+
+
+def _tar(store: Store, name: str) -> _Part:
+    """Reads the headers and the `.cls` members; nothing else of the tar, and no index beside it, which may be wrong."""
+    where = store.address(name)
+    labels, places, keys = [], [], []
+    with store.open(name) as file:
+        for key, members in _groups(file, where):
+            images = [m for ending, m in members.items() if f".{ending}" in IMAGE_ENDINGS]
+            if len(images) != 1:
+                raise UserError(f"{where}: sample {key[:100]!r} must have one image, and has {len(images)}")
+            labels.append(_label(file, key, members.get("cls"), where))
+            places.append((images[0].offset_data, images[0].size))
+            keys.append(key)
+    rows = np.array(places, np.int64).reshape(-1, 2)
+    return _Part(np.array(labels, np.int32), rows, Strings(keys))
+
+
+def _groups(file: Any, where: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Members that follow each other with the same key, by ending. The key ends at the first dot of the file's name."""
+    key, group = "", dict[str, tarfile.TarInfo]()
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while info := tar.next():
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                folder, _, base = info.name.rpartition("/")
+                stem, _, ending = base.partition(".")
+                if not info.isreg() or not stem or stem.startswith("__"):
+                    continue
+                this = f"{folder}/{stem}" if folder else stem
+                if this != key and group:
+                    yield key, group
+                    group = {}
+                key, group[ending.lower()] = this, info
+    except (tarfile.TarError, EOFError, OverflowError) as error:
+        raise UserError(f"{where} is not a readable tar ({' '.join(str(error).split())})") from None
+    if group:
+        yield key, group
+
+
+def _label(file: Any, key: str, member: tarfile.TarInfo | None, where: str) -> int:
+    if member is None:
+        raise UserError(f"{where}: sample {key[:100]!r} has no .cls, the class index as text")
+    before = file.tell()
+    file.seek(member.offset_data)
+    text = file.read(min(member.size, 16)).strip()
+    file.seek(before)
+    if not text.isdigit() or len(text) > 7:
+        raise UserError(
+            f"{where}: sample {key[:100]!r} has .cls {text!r}; it must be the class index as text"
+        )
+    return int(text)
