@@ -19,7 +19,7 @@ from ubgen.diffusion import StableDiffusion, load_stable_diffusion, merge_lora
 from ubgen.export.compilers import compile_network
 from ubgen.export.directory import Built, EngineDirectory
 from ubgen.export.exportable import Exportable, Say
-from ubgen.export.inputs import exact_float32, expected_outputs, real_inputs
+from ubgen.export.inputs import expected_outputs, real_inputs
 from ubgen.export.keys import engine_parts, exporter, find_inputs, network_keys, require_own_directory
 from ubgen.export.mixed_precision import layers_to_keep, lower, record_calls
 from ubgen.export.networks import clip_networks, qalign_networks, stable_diffusion_networks
@@ -38,6 +38,7 @@ from ubgen.rewards import Clip, QAlign
 from ubgen.runtime import Network, Signature
 from ubgen.runtime.backends import backend
 from ubgen.runtime.engine import json_hash
+from ubgen.runtime.network import exact_float32
 from ubgen.runtime.pipeline import Pipeline
 
 
@@ -159,7 +160,10 @@ class _Build:
         write_report(out, f"{self.spec.device}, {self.spec.image_size} px", rows, pipeline, ours, reference)
         if not pipeline.passed:
             raise UserError(f"the engines' images differ from PyTorch's: {pipeline.misses[0]}; see {out}")
-        engine = {"key": key, "parts": self.parts, "exporter": exporter(), "networks": self._entries}
+        engine: dict[str, Any] = {"key": key, "parts": self.parts, "exporter": exporter()}
+        engine["networks"] = self._entries
+        if self.spec.device != "cpu":
+            engine["tf32"] = False  # float32 is computed exactly, here and by `Network.run`
         stage.finish(
             self.inputs,
             engine={**engine, "extras": extras},

@@ -13,6 +13,7 @@ from ubgen.diffusion import StableDiffusion, initial_noise, sample, tokenize, wi
 from ubgen.export.exportable import Exportable, Say
 from ubgen.export.networks import TextEncoder, VaeDecoder, vae_scale
 from ubgen.export.spec import EngineSpec
+from ubgen.runtime.network import exact_float32
 
 CHUNK = 4  # rows that PyTorch runs at a time: enough to be fast, and small beside the weights
 
@@ -156,14 +157,3 @@ def on_device(module: torch.nn.Module, device: str) -> Iterator[None]:
         module.to("cpu")
         if device != "cpu":
             torch.cuda.empty_cache()  # PyTorch would keep the memory, and no compiler could have it
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """float32 convolutions and products on a GPU without TensorFloat-32, which keeps 10 bits of 23."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

@@ -57,7 +57,8 @@ class TorchGraph:
             run(self._inputs)  # a first call allocates and loads kernels, which cannot be captured
         stream.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
+        # what other threads ask of the GPU meanwhile, memory for example, must not end the capture
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._outputs = run(self._inputs)
 
     def __call__(self, inputs: Inputs) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 """The contract of a compiled network: named tensors in, named tensors out, checked against a signature."""
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -105,11 +107,43 @@ class Network(ABC):
         UserError when an input is missing, unknown, of another dtype or device, or outside its shape range.
         """
         sizes = self.signature.check(self.name, inputs, self.device)
-        return self._run({name: tensor.detach().contiguous() for name, tensor in inputs.items()}, sizes)
+        given = {name: tensor.detach().contiguous() for name, tensor in inputs.items()}
+        if torch.device(self.device).type == "cpu":
+            return self._run(given, sizes)
+        with exact_float32():  # compiled code may call PyTorch's convolutions
+            return self._run(given, sizes)
 
     @abstractmethod
     def _run(self, inputs: dict[str, Tensor], sizes: dict[str, int]) -> dict[str, Tensor]:
         """Run on checked, contiguous inputs; `sizes` holds the varying dimensions of this call."""
+
+
+_exact_lock = threading.Lock()
+_exact_users = 0
+_former_tf32 = True, False
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """PyTorch's float32 convolutions and products on a GPU without TensorFloat-32, which keeps 10 bits of 23.
+
+    Every engine computes float32 so, in the comparison with PyTorch and in use. Threads may be inside at the same time:
+    the last to leave puts the process's settings back.
+    """
+    global _exact_users, _former_tf32
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    with _exact_lock:
+        if not _exact_users:
+            _former_tf32 = cudnn.allow_tf32, matmul.allow_tf32
+            cudnn.allow_tf32 = matmul.allow_tf32 = False
+        _exact_users += 1
+    try:
+        yield
+    finally:
+        with _exact_lock:
+            _exact_users -= 1
+            if not _exact_users:
+                cudnn.allow_tf32, matmul.allow_tf32 = _former_tf32
 
 
 def run_rows(network: Network, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

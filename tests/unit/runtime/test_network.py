@@ -1,6 +1,8 @@
 """The contract of a network: what fits its signature runs, anything else is refused by name."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,3 +79,28 @@ def test_the_measure_of_memory_sees_what_a_network_keeps(growth: Callable[..., i
 
     assert growth(Hoarder("unet", SIGNATURE), fitting()) > 8 * 2**20
     assert growth(Scale("unet", SIGNATURE), fitting()) < 8 * 2**20
+
+
+class Flags(Network):
+    """Notes what PyTorch's settings are while it runs, and waits for another that does the same."""
+
+    def __init__(self, together: threading.Barrier) -> None:
+        super().__init__("unet", SIGNATURE, "meta")
+        self._together = together
+        self.seen: list[bool] = []
+
+    def _run(self, inputs: dict[str, Tensor], sizes: dict[str, int]) -> dict[str, Tensor]:
+        for _ in range(2):
+            self._together.wait(10)
+            self.seen += [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32]
+        return {}
+
+
+def test_away_from_the_cpu_float32_is_exact_also_between_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    inputs = {name: tensor.to("meta") for name, tensor in fitting().items()}
+    networks = [Flags(together := threading.Barrier(2)), Flags(together)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda network: network.run(inputs), networks))
+    assert [network.seen for network in networks] == [[False] * 4] * 2
+    assert torch.backends.cudnn.allow_tf32

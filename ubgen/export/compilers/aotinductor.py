@@ -18,6 +18,7 @@ from ubgen.export.compilers import one_line
 from ubgen.export.exportable import Exportable, Say
 from ubgen.export.spec import NetworkSpec
 from ubgen.runtime.aotinductor import CPU_FEATURES, SIGNATURE, cpu_features
+from ubgen.runtime.network import exact_float32
 
 _PLAIN = re.compile(r"[\w./+@%:,=-]+", re.ASCII)
 
@@ -31,6 +32,7 @@ def compile_network(network: Exportable, spec: NetworkSpec, file: Path, device: 
     with (
         tempfile.TemporaryDirectory(prefix=f"{file.stem}-", dir=plain_directory(file.parent)) as scratch,
         one_line(file.stem, "AOTInductor"),
+        exact_float32(),  # what Triton multiplies is settled here
         _temporary_files_in(scratch),
         fresh_cache(dir=scratch),  # Inductor's own would keep a copy of the weights for good
     ):

@@ -17,6 +17,7 @@ from ubgen.export.compilers.onnx_passes import compute_equal_rows_once, fit_cpu
 from ubgen.export.exportable import Exportable, Say
 from ubgen.export.spec import NetworkSpec
 
+SPLIT = "TRT_decomposable"
 EMBED_LIMIT = 2**30  # bytes of weights; a protobuf file ends at 2 GiB, larger ones go to a file beside it
 
 
@@ -70,17 +71,18 @@ def tensorrt_graph(network: Exportable, spec: NetworkSpec, path: Path) -> Iterat
         if spec.precision == "float8":
             with one_line(path.name, "the float8 quantiser"):
                 graph = quantise(graph, network, spec.keep_float32, Path(scratch, f"{path.name}.float8.onnx"))
-        cast_images(graph)
+        model = onnx.load(graph, load_external_data=False)
+        cast_images(model.graph)
+        let_attention_be_split(model.graph)
+        onnx.save(model, graph)
         yield graph
 
 
-def cast_images(path: Path) -> None:
+def cast_images(graph: onnx.GraphProto) -> None:
     """Let 8-bit inputs reach the graph as float32: TensorRT has no operator but Cast that reads them.
 
     An exported network casts its pixels first, but takes the batch's size from them as they are.
     """
-    model = onnx.load(path, load_external_data=False)
-    graph = model.graph
     images = {v.name for v in graph.input if v.type.tensor_type.elem_type == TensorProto.UINT8}
     if not images:
         return
@@ -94,4 +96,14 @@ def cast_images(path: Path) -> None:
         )
         graph.node.insert(0, cast)
     del graph.value_info[:]  # of the types that were there before
-    onnx.save(model, path)
+
+
+def let_attention_be_split(graph: onnx.GraphProto) -> None:
+    """Let TensorRT use several kernels for an attention that none of its fused ones can do.
+
+    Without this the build fails there: at a head of width 512, as in the VAE decoder, or in float32. The attribute is
+    TensorRT's own. Its parser knows it; onnx's checker and ONNX Runtime refuse it.
+    """
+    for node in graph.node:
+        if node.op_type == "Attention":
+            node.attribute.append(helper.make_attribute(SPLIT, 1))
