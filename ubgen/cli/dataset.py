@@ -116,6 +116,8 @@ def diff(
         out: File for the figures as JSON.
     """
     comparison.check_tolerance(tolerance_levels, share)  # now, not after hours of work
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"--out {out}: expected a file to write, in a directory that exists")
     with _bar("comparing", "samples") as report:
         result = comparison.diff(a, b, levels=tolerance_levels, progress=report)
     agrees = result.agrees(share)

@@ -91,9 +91,9 @@ def read_manifest(directory: str | Path | Store, *stages: str) -> dict[str, Any]
         manifest = json.loads(store.read(MANIFEST).decode())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory} is unfinished or not a {wanted} (no {MANIFEST} in it)") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is not valid JSON; run the stage that made {directory} again") from None
-    if not isinstance(manifest, dict) or "stage" not in manifest:
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("stage"), str):
         raise UserError(f"{path} is not a ubgen manifest; expected a {wanted}")
     if stages and manifest["stage"] not in stages:
         raise UserError(f"{directory} is a ubgen {manifest['stage']} directory; expected a {wanted}")
@@ -158,7 +158,7 @@ class Stage:
             return "new"
         run = _read_json(self.store, RUN)
         finished = self.store.size(MANIFEST) is not None
-        if run is None or run.get("stage") != self.name or "identity" not in run:
+        if run is None or run.get("stage") != self.name or not isinstance(run.get("identity"), dict):
             self._require_former(entries, run)
             return "new"
         if self.overwrite:
@@ -270,7 +270,7 @@ def _read_json(store: Store, name: str) -> dict[str, Any] | None:
     """A file's JSON object; None where there is none."""
     try:
         content = json.loads(store.read(name))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -280,7 +280,7 @@ def read_run(directory: str | Path | Store, stage: str) -> dict[str, Any]:
     run = _read_json(open_store(directory), RUN)
     if run is not None and stage == "synth" and "engine key" in run:
         return run  # of a dataset that an earlier version made
-    if run is None or run.get("stage") != stage or "identity" not in run:
+    if run is None or run.get("stage") != stage or not isinstance(run.get("identity"), dict):
         raise UserError(f"{directory} has no {RUN} of {_command(stage)}")
     return run["identity"]
 

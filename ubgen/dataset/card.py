@@ -82,15 +82,16 @@ def read_classes(where: str | Path | Store) -> list[dict[str, Any]]:
         entries = json.loads(store.read(CLASSES))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing; {store} is not a ubgen dataset") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         entries = None
     if not isinstance(entries, list) or not all(_is_class(i, entry) for i, entry in enumerate(entries)):
-        raise UserError(f"{path} is not a list of classes; run ubgen-synth again")
+        form = '[{"index": 0, "id": "n02012849", "name": "crane"}, ...]'
+        raise UserError(f"{path} is not a list of classes in the order of their indices: {form}")
     return entries
 
 
 def _is_class(index: int, entry: Any) -> bool:
-    if not isinstance(entry, dict) or entry.get("index") != index:
+    if not isinstance(entry, dict) or type(entry.get("index")) is not int or entry["index"] != index:
         return False
     return isinstance(entry.get("name"), str) and isinstance(entry.get("id"), str)
 

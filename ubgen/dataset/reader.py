@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from ubgen.core.files import Store, open_store
 from ubgen.core.stage import MANIFEST, read_manifest
 from ubgen.dataset.card import read_classes
 from ubgen.dataset.shards import SampleRecord, ShardInfo, finished_shards
+from ubgen.dataset.text import plain
 
 
 class Sample(NamedTuple):
@@ -27,6 +29,7 @@ class Sample(NamedTuple):
     meta: dict[str, Any]
 
 
+_MOST_SHARDS = 10_000_000
 _ROW = np.dtype([("label", "i4"), ("image", "i8"), ("image_size", "i8"), ("meta", "i8"), ("meta_size", "i8")])
 """A sample in memory: label, and places of image and KEY.json in the tar. Its parsed sidecar entry takes a kilobyte."""
 
@@ -125,6 +128,28 @@ def _bytes(file: Any, start: int, stop: int) -> bytes:
     return file.read(stop - start)
 
 
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """UserError naming `what` for the many ways in which Pillow and json fail on damaged files."""
+    try:
+        yield
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OSError,
+        SyntaxError,
+        RecursionError,
+    ) as error:
+        reason = plain(error, 100).partition(" <_io.")[0] or type(error).__name__
+        raise UserError(
+            f"{what} cannot be read ({reason}); ubgen-dataset verify shows what is damaged"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{what} is too large ({plain(error, 100)})") from error
+
+
 class LabelledImages:
     """A dataset as torchvision's look: `[i]` is (image, label), with `classes`, `targets` and transforms.
 
@@ -160,7 +185,7 @@ def open_dataset(path: str | Path | Store, *, partial: bool = False) -> ShardDat
 
     UserError when the directory is unfinished, holds no shards, or a shard is missing or of the wrong size.
     """
-    store = open_store(path)
+    store = existing(path)
     expected = None if partial and store.size(MANIFEST) is None else expected_shards(store)
     shards = finished_shards(store, None if expected is None else range(expected))
     missing = next((index for index in range(expected or 0) if index not in shards), None)
@@ -173,13 +198,24 @@ def open_dataset(path: str | Path | Store, *, partial: bool = False) -> ShardDat
     return ShardDataset(store, list(shards.values()), read_classes(store))
 
 
+def existing(path: str | Path | Store) -> Store:
+    """A directory to read from; UserError if it is a local one that does not exist. Others cannot tell."""
+    store = open_store(path)
+    if store.local_path is not None and not store.local_path.is_dir():
+        raise UserError(f"{store}: {'not a' if store.local_path.exists() else 'no such'} directory")
+    return store
+
+
 def expected_shards(store: Store) -> int:
     """How many shards a finished dataset has: one of ubgen-synth, or a conversion to WebDataset shards."""
     manifest = read_manifest(store, "synth", "convert")
-    shards, to = manifest.get("dataset", {}).get("shards"), manifest.get("config", {}).get("to")
+    about, config = (
+        part if isinstance(part := manifest.get(name), dict) else {} for name in ("dataset", "config")
+    )
+    shards, to = about.get("shards"), config.get("to")
     if manifest["stage"] == "convert" and to != "webdataset":
         raise UserError(f"{store} is a conversion to {to}; expected WebDataset shards")
-    if type(shards) is not int:
+    if type(shards) is not int or not 0 <= shards <= _MOST_SHARDS:
         raise UserError(f"{store.address(MANIFEST)} does not say how many shards there are")
     return shards
 

@@ -362,7 +362,7 @@ def _plausible(info: ShardInfo) -> bool:
     """The types of a head that someone may have edited."""
     return (
         type(info.count) is int
-        and info.count >= 0
+        and 0 <= info.count < 2**31
         and type(info.bytes) is int
         and isinstance(info.sha256, str)
     ) and info.extension in EXTENSIONS

@@ -1,14 +1,19 @@
 """ubgen-dataset as the user calls it: what it prints, its exit status, and that no name reaches the terminal raw."""
 
+import errno
+import io
 import json
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from ubgen.cli import dataset as command
+from ubgen.dataset import ShardWriter, encode_image
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -116,6 +121,120 @@ def test_wrong_options_are_one_line(jpegs: Path, run: Run, wrong: str, start: st
     assert (status, out) == (2, "")
     (line,) = error.splitlines()
     assert line.startswith(f"error: {start}")
+
+
+def replace(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def leave(path: Path, kind: str) -> None:
+    """Nothing but an empty directory, or a file, where the dataset was."""
+    shutil.rmtree(path)
+    path.mkdir() if kind == "directory" else path.write_bytes(b"")
+
+
+NO_LIST = r'classes.json is not a list of classes in the order of their indices: [{"index": 0,'
+NO_DATASETS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "an empty directory": (
+        lambda d: leave(d, "directory"),
+        ("classes.json is missing", "holds no finished shard", "holds no .tar file"),
+    ),
+    "a file": (lambda d: leave(d, "file"), ("D: not a directory",)),
+    "nothing": (lambda d: shutil.rmtree(d), ("D: no such directory",)),
+    "another stage": (
+        lambda d: replace(d / "manifest.json", lambda m: m.update(stage="export")),
+        ("D is a ubgen export directory; expected a ubgen synth or convert directory",),
+    ),
+    "no stage": (
+        lambda d: replace(d / "manifest.json", lambda m: m.update(stage=["synth"])),
+        ("is not a ubgen manifest",),
+    ),
+    "a manifest without figures": (
+        lambda d: replace(d / "manifest.json", lambda m: m.update(dataset=None, config=[])),
+        ("does not say how many shards",),
+    ),
+    "a manifest of too many": (
+        lambda d: replace(d / "manifest.json", lambda m: m.update(dataset={"shards": 10**30})),
+        ("does not say how many shards",),
+    ),
+    "a deep manifest": (lambda d: (d / "manifest.json").write_text("[" * 10**5), ("is not valid JSON",)),
+    "a table of classes": (lambda d: (d / "classes.json").write_text('{"0": "cat"}'), (NO_LIST,)),
+    "names alone": (lambda d: (d / "classes.json").write_text('["cat", "dog"]'), (NO_LIST,)),
+    "a deep list of classes": (lambda d: (d / "classes.json").write_text("[" * 10**5), (NO_LIST,)),
+}
+
+
+@pytest.mark.parametrize("kind", NO_DATASETS)
+def test_what_is_no_dataset_is_refused_in_one_line(jpegs: Path, tmp_path: Path, run: Run, kind: str) -> None:
+    place = Path(shutil.copytree(jpegs, tmp_path / "D"))
+    change, messages = NO_DATASETS[kind]
+    change(place)
+    for arguments in (
+        ("verify", place),
+        ("stats", place),
+        ("diff", jpegs, place),
+        ("convert", place, tmp_path / "out", "--to", "folder"),
+    ):
+        status, _, error = run(*arguments)
+        (line,) = error.strip().splitlines()
+        assert (status, line.startswith("error: ")) == (2, True)
+        assert any(message in line for message in messages)
+
+
+def test_a_run_of_another_form_is_read_as_none(jpegs: Path, tmp_path: Path, run: Run) -> None:
+    place = Path(shutil.copytree(jpegs, tmp_path / "D"))
+    replace(place / "run.json", lambda content: content.update(identity=None))
+    assert run("verify", place)[0] == 0
+    assert run("diff", jpegs, place)[0] == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a", "large"])
+def test_an_image_that_cannot_be_read_is_named(
+    jpegs: Path, tmp_path: Path, run: Run, content: bytes | str
+) -> None:
+    if content == "large":
+        buffer = io.BytesIO()
+        Image.new("1", (20000, 20000)).save(buffer, "PNG")
+        content = buffer.getvalue()
+    place = Path(shutil.copytree(jpegs, tmp_path / "D"))
+    with ShardWriter(place, 1) as writer:
+        for position in range(8, 16):
+            writer.write(
+                position, content if position == 9 else encode_image(Image.new("RGB", (16, 16)), "jpg"), 0, {}
+            )
+    status, _, error = run("diff", jpegs, place)
+    assert (status, "shard-000001.tar: sample 000000009" in error.splitlines()[-1]) == (2, True)
+    status, _, error = run("stats", place, "--out", tmp_path / "stats")
+    assert (status, f"{place}: image 9 " in error.splitlines()[-1]) == (2, True)
+
+
+def test_a_shard_that_may_not_be_read_is_not_damaged(
+    jpegs: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be deleted by --repair. The administrator may read all files: so the system's answer is put in here."""
+    place = Path(shutil.copytree(jpegs, tmp_path / "D"))
+    real = Path.open
+
+    def refuse(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == "shard-000001.tar":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    status, _, error = run("verify", place, "--repair")
+    assert (status, error.strip()) == (2, f"error: {place / 'shard-000001.tar'}: Permission denied")
+    assert (place / "shard-000001.json").exists()
+
+
+def test_figures_of_a_comparison_need_a_place(jpegs: Path, tmp_path: Path, run: Run) -> None:
+    for out in (tmp_path, tmp_path / "none" / "figures.json"):
+        status, _, error = run("diff", jpegs, jpegs, "--out", out)
+        assert (status, error.strip()) == (
+            2,
+            f"error: --out {out}: expected a file to write, in a directory that exists",
+        )
 
 
 def test_wrong_inputs_are_one_line(tmp_path: Path, run: Run) -> None:

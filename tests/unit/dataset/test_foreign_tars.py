@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from ubgen.core.errors import UserError, Warned
-from ubgen.dataset import open_dataset
+from ubgen.dataset import open_dataset, write_classes
 from ubgen.dataset.tools.convert import Format, convert
 
 FORMATS: tuple[Format, ...] = ("folder", "parquet", "webdataset")
@@ -233,8 +233,19 @@ def test_names_of_every_language_and_encoding(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_tars_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing: no such directory"):
+        convert(tmp_path / "nothing", tmp_path / "out", "folder")
+    (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match=r"holds no \.tar file"):
         convert(tmp_path / "nothing", tmp_path / "out", "folder")
+
+
+def test_classes_that_are_too_few_are_found_before_anything_is_written(tmp_path: Path) -> None:
+    source = foreign(tmp_path / "src" / "a.tar", [*GOOD, ("b.jpg", jpeg()), ("b.cls", b"1")])
+    write_classes(source, ["cat"], ["cat"], ["cat"])
+    with pytest.raises(UserError, match=r"a sample has class 1; classes\.json has 1 classes, from 0"):
+        convert(source, tmp_path / "out", "folder")
+    assert not (tmp_path / "out").exists()
 
 
 def test_classes_without_images_are_named_with_what_readers_need(tmp_path: Path) -> None:

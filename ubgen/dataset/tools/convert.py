@@ -16,7 +16,7 @@ from ubgen.core.errors import UserError
 from ubgen.core.files import Store, open_store
 from ubgen.core.stage import MANIFEST, RUN, Stage
 from ubgen.dataset.card import CARD, CLASSES, REJECTIONS, read_classes, write_classes
-from ubgen.dataset.reader import ShardDataset, open_dataset
+from ubgen.dataset.reader import ShardDataset, existing, open_dataset
 from ubgen.dataset.shards import ShardInfo
 from ubgen.dataset.tools.columns import Columns
 from ubgen.dataset.tools.formats import OWN, Layout, layout
@@ -95,7 +95,7 @@ def convert(
     size = 1000 if shard_size is None else shard_size
     if size < 1:
         raise UserError(f"--shard-size must be at least 1, not {size}")
-    read_from, write_to = open_store(source), open_store(out)
+    read_from, write_to = existing(source), open_store(out)
     if write_to.url.rstrip("/") == read_from.url.rstrip("/"):
         raise UserError(f"{out} is the dataset itself; choose another output directory")
     origin = open_source(read_from, to)
@@ -152,6 +152,10 @@ def _foreign(store: Store, columns: Columns | None) -> Source:
             f"{store}: a sample has class {largest}; so many classes need a {CLASSES} beside the tars"
         )
     classes = read_classes(store) if named else _nameless(largest + 1)
+    if largest >= len(classes):
+        raise UserError(
+            f"{store}: a sample has class {largest}; {CLASSES} has {len(classes)} classes, from 0"
+        )
     counted = tuple((name, len(tar.labels)) for name, tar in tars.items() if tar.labels)
     extensions = frozenset[str]().union(*(tar.extensions for tar in tars.values()))
     return Source(store, counted, tuple(classes), (), extensions, columns)

@@ -17,7 +17,7 @@ from PIL import Image
 from ubgen.core.errors import UserError
 from ubgen.core.files import Store
 from ubgen.core.stage import read_run
-from ubgen.dataset.reader import ShardDataset, open_dataset
+from ubgen.dataset.reader import ShardDataset, open_dataset, reading
 from ubgen.dataset.shards import Place, SampleRecord, ShardInfo
 
 _LISTED = 20
@@ -110,6 +110,21 @@ class _Stored(NamedTuple):
         offset, size = place
         return self.shard.store.read_range(self.shard.tar, offset, offset + size)
 
+    @property
+    def where(self) -> str:
+        return f"{self.shard.store.address(self.shard.tar)}: sample {self.key[:40]}"
+
+    def prompt(self) -> Any:
+        meta = self.read(self.record.json)
+        with reading(self.where):
+            if isinstance(entry := json.loads(meta), dict):
+                return entry.get("prompt")
+            raise ValueError("its .json is not an object")
+
+    def decoded(self, image: bytes) -> np.ndarray:
+        with reading(self.where):
+            return np.asarray(Image.open(io.BytesIO(image)).convert("RGB"), np.int16)
+
 
 class _Pixels(NamedTuple):
     prompts_differ: bool
@@ -193,14 +208,13 @@ def _pairs(
 
 
 def _compare(left: _Stored, right: _Stored, levels: int) -> _Pixels:
-    prompts = [json.loads(side.read(side.record.json)).get("prompt") for side in (left, right)]
+    prompts_differ = left.prompt() != right.prompt()
     data = [side.read(side.record.image) for side in (left, right)]
-    prompts_differ = prompts[0] != prompts[1]
     if data[0] == data[1]:
-        with Image.open(io.BytesIO(data[0])) as image:
+        with reading(left.where), Image.open(io.BytesIO(data[0])) as image:
             pixels = image.width * image.height
         return _Pixels(prompts_differ, pixels=pixels, within=pixels)
-    images = [np.asarray(Image.open(io.BytesIO(d)).convert("RGB"), np.int16) for d in data]
+    images = [side.decoded(encoded) for side, encoded in zip((left, right), data, strict=True)]
     if images[0].shape != images[1].shape:
         return _Pixels(prompts_differ, True, sizes_differ=True)
     difference = np.abs(images[0] - images[1])

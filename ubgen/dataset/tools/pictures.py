@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ubgen.core.files import Store, open_store
 from ubgen.dataset.images import XMP
-from ubgen.dataset.reader import ShardDataset
+from ubgen.dataset.reader import ShardDataset, reading
 from ubgen.dataset.text import plain, safe_names, score_titles
 from ubgen.dataset.tools.charts import score_figure, throughput_figure
 from ubgen.dataset.tools.stats import dataset_stats
@@ -163,7 +163,12 @@ def _about(label: int, stats: Mapping[str, Any], note: str) -> str:
 def _thumbnails(
     dataset: ShardDataset, places: Sequence[int], readers: ThreadPoolExecutor
 ) -> Iterator[Image.Image]:
-    return readers.map(lambda place: _thumbnail(dataset.encoded(place)[0]), places)
+    def thumbnail(place: int) -> Image.Image:
+        data, _ = dataset.encoded(place)
+        with reading(f"{dataset.store}: image {place}"):
+            return _thumbnail(data)
+
+    return readers.map(thumbnail, places)
 
 
 def _thumbnail(data: bytes) -> Image.Image:

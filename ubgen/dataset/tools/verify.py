@@ -20,7 +20,7 @@ from ubgen.core.files import Store, open_store
 from ubgen.core.locks import hold
 from ubgen.core.stage import MANIFEST, RUN, read_run
 from ubgen.dataset.card import CLASSES, REJECTIONS, read_classes
-from ubgen.dataset.reader import expected_shards, no_shards
+from ubgen.dataset.reader import existing, expected_shards, no_shards
 from ubgen.dataset.shards import (
     BLOCK,
     SampleRecord,
@@ -97,7 +97,7 @@ def verify(
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers must be at least 1, not {workers}")
-    store = open_store(where)
+    store = existing(where)
     classes = len(read_classes(store))
     numbers = _shard_numbers(store)
     found = finished_shards(store, numbers)
@@ -167,6 +167,8 @@ def _check_shard(shard: ShardInfo | None, classes: int, decode: bool) -> _Shard:
         index = shard.store.read(f"{shard_name(shard.index)}.idx").decode()
         if index != index_of(sidecar.samples, shard.extension):
             result.problems.append("its .idx does not index the tar")
+    except PermissionError:
+        raise  # no damage to repair
     except UserError as error:
         result.problems.append(str(error))
     except (OSError, LookupError, TypeError, ValueError, OverflowError) as error:
@@ -292,7 +294,7 @@ def _wrong_ledger(store: Store, rejected: list[dict[str, Any]]) -> list[str]:
         listed = sorted(map(_identity, lines))
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return [f"{REJECTIONS} is not a list of rejections"]
     if listed != sorted(map(_identity, rejected)):
         return [
