@@ -14,6 +14,15 @@ def write(tmp_path, content):
     return path
 
 
+def assert_refused(path, message):
+    """In one line that begins with the file."""
+    with pytest.raises(UserError) as caught:
+        load_classes(path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
 def test_imagenet1k_has_its_thousand_classes_in_label_order():
     classes = load_classes("imagenet1k")
     assert len(classes) == 1000
@@ -81,12 +90,7 @@ def test_a_name_may_repeat_under_distinct_ids(tmp_path):
     ],
 )
 def test_a_wrong_file_is_refused_with_its_place(tmp_path, content, message):
-    path = write(tmp_path, content)
-    with pytest.raises(UserError) as caught:
-        load_classes(path)
-    assert message in str(caught.value)
-    assert str(caught.value).startswith(str(path))
-    assert "\n" not in str(caught.value)
+    assert_refused(write(tmp_path, content), message)
 
 
 @pytest.mark.parametrize(
@@ -118,12 +122,7 @@ def test_a_wrong_file_is_refused_with_its_place(tmp_path, content, message):
     ],
 )
 def test_another_format_is_refused_in_one_line_that_says_what_to_write(tmp_path, content, message):
-    path = write(tmp_path, content)
-    with pytest.raises(UserError) as caught:
-        load_classes(path)
-    assert message in str(caught.value)
-    assert str(caught.value).startswith(str(path))
-    assert "\n" not in str(caught.value)
+    assert_refused(write(tmp_path, content), message)
 
 
 IMAGENET = ((("n01440764", "n01443537", "n01484850")), ("tench", "goldfish", "great white shark"))
