@@ -118,6 +118,14 @@ def shard_pattern(facts: CardFacts) -> str:
     return f"shard-{{000000..{max(0, facts.shards - 1):06d}}}.tar"
 
 
+def loader_workers(shards: int) -> str:
+    """How many workers a DataLoader may have, which share whole shards."""
+    return (
+        f"WebDataset gives whole shards to the workers of a DataLoader: there are {shards}, so use at most "
+        f"`num_workers={shards}`, or pass\n`empty_check=False` to `WebDataset`."
+    )
+
+
 def licence_fields(licence: str) -> dict[str, str]:
     """The Hub's license, license_name and license_link for a free text."""
     text = plain(licence)
@@ -216,6 +224,8 @@ data = wds.WebDataset("{shard_pattern(facts)}", shardshuffle=False)
 for image, label in data.decode("pil").to_tuple("{facts.extension}", "cls"):
     ...
 ```
+
+{loader_workers(facts.shards)}
 
 ```python
 from datasets import load_dataset  # Hugging Face

@@ -135,7 +135,8 @@ class ShardInfo:
         try:
             content = json.loads(self.store.read(self.sidecar))
             sidecar = Sidecar([SampleRecord.from_entry(e) for e in content["samples"]], content["rejected"])
-            if all(isinstance(entry, dict) for entry in sidecar.rejected):
+            rejected = sidecar.rejected
+            if isinstance(rejected, list) and all(isinstance(entry, dict) for entry in rejected):
                 return sidecar
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass

@@ -42,6 +42,22 @@ def test_webdataset(dataset: Path, extension: str) -> None:
     assert rows[20][2]["flag"] == "quality"
 
 
+def test_the_card_says_how_many_workers_there_may_be(jpegs: Path, tmp_path: Path) -> None:
+    """And with what a loader may have more, which webdataset refuses otherwise."""
+    import webdataset
+    from torch.utils.data import DataLoader
+
+    convert(jpegs, tmp_path / "out", "webdataset", 12)
+    for place, shards in ((jpegs, 3), (tmp_path / "out", 2)):
+        card = " ".join((place / "README.md").read_text().split())
+        assert f"use at most `num_workers={shards}`, or pass `empty_check=False`" in card
+    options = {"shardshuffle": False, "empty_check": False}
+    samples = webdataset.WebDataset(str(tmp_path / "out/shard-{000000..000001}.tar"), **options)
+    loader = DataLoader(samples.decode("pil").to_tuple("jpg", "cls"), batch_size=None, num_workers=3)
+    rows = list(loader)
+    check([row[0] for row in rows], [row[1] for row in rows])
+
+
 def test_torchvision_image_folder(jpegs: Path, tmp_path: Path) -> None:
     from torchvision.datasets import ImageFolder
 

@@ -95,6 +95,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda d: tampered(d, lambda s: s["rejected"][0].pop("reason")),
         "without a reason",
     ),
+    "a rejection of text": (
+        lambda d: tampered(d, lambda s: s["rejected"][0].update(attempt="x")),
+        "without a reason",
+    ),
+    "no list of rejections": (lambda d: tampered(d, lambda s: s.update(rejected={})), "is damaged"),
+    "a huge count": (lambda d: tampered(d, lambda s: s.update(count=10**30)), "missing, or not of the size"),
 }
 
 

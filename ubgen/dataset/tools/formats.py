@@ -12,7 +12,7 @@ from typing import Any
 
 from ubgen.core.errors import UserError, install_extra, warn
 from ubgen.core.files import Store, open_store
-from ubgen.dataset.card import CARD
+from ubgen.dataset.card import CARD, loader_workers
 from ubgen.dataset.shards import ShardWriter, finished_shard, number
 from ubgen.dataset.text import SCORES, plain, safe_names
 from ubgen.dataset.tools.tars import SourceSample
@@ -219,6 +219,10 @@ import webdataset as wds
 for image, label in wds.WebDataset("shard-000000.tar", shardshuffle=False).decode("pil").to_tuple("jpg;png", "cls"):
     ...
 ```"""
+
+    def __init__(self, store: Store, classes: Sequence[Mapping[str, Any]], parts: int) -> None:
+        super().__init__(store, classes, parts)
+        self.reading = f"{self.reading}\n\n{loader_workers(parts)}"
 
     def write(self, number: int, samples: Iterator[SourceSample]) -> None:
         first = next(samples)

@@ -199,9 +199,15 @@ def _check_sidecar(shard: ShardInfo, sidecar: Sidecar, classes: int, result: _Sh
         if before >= after:
             result.problems.append(f"key {after[:40]} does not follow {before[:40]}")
     for entry in result.rejected:
-        label = entry.get("class_index")
-        if type(label) is not int or not 0 <= label < classes or not entry.get("reason"):
+        if not _is_rejection(entry, classes):
             result.problems.append(f"a rejection without a reason or a known class: {str(entry)[:100]}")
+
+
+def _is_rejection(entry: Mapping[str, Any], classes: int) -> bool:
+    label, *numbers = (entry.get(name, 0) for name in ("class_index", "seed", "image_index", "attempt"))
+    if "class_index" not in entry or not entry.get("reason"):
+        return False
+    return type(label) is int and 0 <= label < classes and all(type(value) is int for value in numbers)
 
 
 def _check_tar(
