@@ -53,9 +53,10 @@ def engine_spec_path(name_or_path: str | Path) -> Path:
     return _find_toml(name_or_path, "engine spec", shipped_engine_specs())
 
 
-def recipe_path(name_or_path: str | Path) -> Path:
-    """The TOML of a recipe: a file's path, or the name of a shipped one ("miniature")."""
-    return _find_toml(name_or_path, "recipe", _shipped(_PACKAGE / "recipes"))
+def recipe_path(name_or_path: str | Path, stage: str = "train") -> Path:
+    """The TOML of a recipe: a file's path, or the name of one that is shipped for `stage` ("miniature")."""
+    directory = _PACKAGE / "recipes" / ("" if stage == "train" else stage)
+    return _find_toml(name_or_path, "recipe", _shipped(directory))
 
 
 def _shipped(*directories: Path) -> dict[str, Path]:
@@ -74,12 +75,12 @@ def _find_toml(name_or_path: str | Path, what: str, shipped: Mapping[str, Path])
     )
 
 
-def load_recipe(name_or_path: str | Path, cls: type[T]) -> T:
-    """Read a shipped recipe or a TOML file into the dataclass `cls`, tables into nested dataclasses.
+def load_recipe(name_or_path: str | Path, cls: type[T], stage: str = "train") -> T:
+    """Read a recipe shipped for `stage`, or a TOML file, into the dataclass `cls`, tables into nested dataclasses.
 
     UserError names the file and the key when a key is unknown (and the nearest valid one), missing or of another type.
     """
-    path = recipe_path(name_or_path)
+    path = recipe_path(name_or_path, stage)
     return from_dict(read_toml(path), cls, str(path))
 
 

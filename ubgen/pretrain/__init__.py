@@ -1,11 +1,16 @@
 """Pre-training of a backbone on a labelled dataset: ubgen's shards, image folders, or WebDataset tars."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ubgen.core.errors import UserError
+from ubgen.core.files import open_store
+from ubgen.pretrain.config import Augmentation, PretrainConfig, validate
 
 if TYPE_CHECKING:
     from ubgen.pretrain.loader import training_batches as training_batches
 
-__all__ = ["training_batches"]
+__all__ = ["Augmentation", "PretrainConfig", "pretrain", "training_batches"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,3 +20,30 @@ def __getattr__(name: str) -> Any:
     from ubgen.pretrain.loader import training_batches
 
     return training_batches
+
+
+def pretrain(
+    config: PretrainConfig,
+    data: str | Path,
+    out: Path,
+    *,
+    validation: str | Path | None = None,
+    recipe: str = "",
+    overwrite: bool = False,
+    stop_after: int | None = None,
+) -> bool:
+    """Run to the end, or continue the unfinished run in `out`; returns whether it is finished.
+
+    A finished run of the same configuration is left as it is. `overwrite` starts again in a used directory.
+    `stop_after` ends this call after that many updates, with a checkpoint: the same call continues. Under `torchrun` or
+    `accelerate launch` every process calls this; process 0 writes. On the CPU, with one process, a continued run ends
+    with the same bits as an uninterrupted one. `recipe` is its name, for the model card.
+    """
+    validate(config)
+    if stop_after is not None and stop_after < 1:
+        raise UserError(f"stop_after must be positive, not {stop_after}")
+    if open_store(out).local_path is None:
+        raise UserError(f"--out {out}: ubgen-pretrain writes to a local directory only")
+    from ubgen.pretrain.loop import open_inputs, run_pretraining  # PyTorch is imported here
+
+    return run_pretraining(config, open_inputs(config, data, validation, recipe), out, overwrite, stop_after)

@@ -12,7 +12,6 @@ import math
 import random
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -23,9 +22,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ubgen.core.errors import UserError, first_line
+from ubgen.pretrain.config import CROP_RATIO, Augmentation
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-CROP_RATIO = 224 / 256
 _LARGEST = 178_956_970  # pixels; beyond it Pillow, too, takes an image for a decompression bomb
 _EXIF_WITHIN = 1 << 16
 _ORIENTATION = 0x0112
@@ -33,22 +32,6 @@ _ORIENTATION = 0x0112
 
 class BrokenSample(UserError):
     """An image that cannot be used; the message names it."""
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What happens to a training image; the defaults are the paper's (Table 6)."""
-
-    crop_area: tuple[float, float] = (0.08, 1.0)
-    """Area of the random crop, as a share of the image."""
-    crop_aspect: tuple[float, float] = (0.75, 4 / 3)
-    """Its aspect ratio."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    rand_augment: str = "rand-m9-mstd0.5-inc1"
-    """timm's name for RandAugment's setting; "" for none."""
-    erasing: float = 0.25
-    """Probability of erasing a rectangle with pixel noise."""
 
 
 # --- decoding

@@ -4,6 +4,7 @@ A `TrainingSet` holds arrays, not objects: 1.3 million samples take about 60 MB.
 folders or the `.cls` members, never from the order in which images are read.
 """
 
+import hashlib
 import json
 import os
 import tarfile
@@ -31,27 +32,27 @@ class Strings:
     def __init__(self, texts: Iterable[str]) -> None:
         encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
         self._ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
-        self._data = b"".join(encoded)
+        self.data = b"".join(encoded)
 
     @classmethod
     def joined(cls, parts: Sequence["Strings"]) -> "Strings":
         whole = cls([])
-        starts = np.cumsum([0, *(len(part._data) for part in parts)])
+        starts = np.cumsum([0, *(len(part.data) for part in parts)])
         ends = [part._ends + start for part, start in zip(parts, starts, strict=False)]
         whole._ends = np.concatenate([np.empty(0, np.int64), *ends])
-        whole._data = b"".join(part._data for part in parts)
+        whole.data = b"".join(part.data for part in parts)
         return whole
 
     @property
     def nbytes(self) -> int:
-        return self._ends.nbytes + len(self._data)
+        return self._ends.nbytes + len(self.data)
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> str:
         start = int(self._ends[index - 1]) if index else 0
-        return self._data[start : int(self._ends[index])].decode("utf-8", "surrogateescape")
+        return self.data[start : int(self._ends[index])].decode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,8 @@ class TrainingSet:
     """Of tars and shards: their names. Unused for folders, where the key is the file."""
     places: np.ndarray
     """(N, 3) int64: number of the file, offset, size. Empty for folders."""
+    checksum: str = ""
+    """Of shards: a hash of their SHA-256s."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,6 +89,14 @@ class TrainingSet:
         if self.kind == "folders":
             return self.store.address(self.keys[index])
         return f"{self.store.address(self.files[int(self.places[index, 0])])}: sample {self.keys[index]}"
+
+    def fingerprint(self) -> str:
+        """ "sha256:<hex>" of classes, labels, keys and places; of shards also of their content. Images are not read."""
+        total = hashlib.sha256(json.dumps([self.kind, self.class_ids, self.checksum]).encode())
+        for part in (self.labels, self.places):
+            total.update(np.ascontiguousarray(part).tobytes())
+        total.update(self.keys.data)
+        return f"sha256:{total.hexdigest()}"
 
     def counts(self) -> np.ndarray:
         """(K,) samples of each class."""
@@ -194,7 +205,9 @@ def _shards(store: Store) -> TrainingSet:
     dataset = open_dataset(store)
     ids = [entry["id"] for entry in dataset.classes]
     parts = [_shard(shard) for shard in dataset.shards]
-    return _joined(store, "shards", ids, [shard.tar for shard in dataset.shards], parts)
+    found = _joined(store, "shards", ids, [shard.tar for shard in dataset.shards], parts)
+    sums = "".join(shard.sha256 for shard in dataset.shards)
+    return replace(found, checksum=hashlib.sha256(sums.encode()).hexdigest())
 
 
 def _shard(shard: ShardInfo) -> _Part:

@@ -1,13 +1,13 @@
 """Batches for training, whatever decodes and augments them."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from os import sched_getaffinity
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +15,15 @@ import torch
 from ubgen.core.errors import UserError
 from ubgen.core.files import Store
 from ubgen.pretrain.augment import (
-    Augmentation,
     BrokenSample,
     EvaluationTransform,
     TrainingTransform,
     broken,
     sample_seed,
 )
+from ubgen.pretrain.config import Augmentation, Loader
 from ubgen.pretrain.data import TrainingSet, open_training_set, rank_order
 
-Loader = Literal["auto", "threads", "dali"]
 Batch = dict[str, Any]
 _AHEAD = 3  # batches that are in work while one is used
 
@@ -44,7 +43,7 @@ def training_batches(
     threads: int = 0,
     start: int = 0,
     on_broken: Callable[[BrokenSample], None] | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One rank's batches of an epoch: dicts of images (B3HW float32, normalised), labels (B int64) and keys (B texts).
 
     The order is `rank_order` of the whole dataset; the last batch may be smaller. With `augment`, each image's random
@@ -87,7 +86,7 @@ def batches_by_threads(
     seeds: Callable[[int], int],
     threads: int = 0,
     on_broken: Callable[[BrokenSample], None] | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The samples `order` in batches; a few batches are in work ahead of the one that is used."""
 
     def load(index: int) -> np.ndarray | BrokenSample:

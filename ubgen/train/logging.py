@@ -1,23 +1,18 @@
-"""What a run records for people: metrics as JSON lines and in TensorBoard, and sample grids."""
+"""What a run shows people: a few figures, and sample grids."""
 
 import io
-import json
-import math
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 
 from ubgen.core.files import atomic_write
 from ubgen.diffusion import decode, initial_noise, sample, with_sampler
 from ubgen.train.config import TrainConfig
 from ubgen.train.state import TrainState
 
-METRICS_FILE = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 SHOWN = {
     "loss": "loss {:.3f}",
     "clip_similarity": "similarity {:.3f}",
@@ -25,39 +20,6 @@ SHOWN = {
     "discriminator_accuracy": "D right {:.0%}",
     "images_per_second": "{:.2g} images/s",
 }
-
-
-class MetricsLog:
-    """Appends one line per update to metrics.jsonl and mirrors it to TensorBoard.
-
-    A continued run first drops the lines after its checkpoint: those updates are done again.
-    """
-
-    def __init__(self, out: Path, done: int) -> None:
-        self.path = out / METRICS_FILE
-        kept = [line for line in _complete_lines(self.path) if json.loads(line)["step"] <= done]
-        atomic_write(self.path, "".join(line + "\n" for line in kept))
-        self.tensorboard = SummaryWriter(str(out / TENSORBOARD), purge_step=done + 1)
-
-    def write(self, step: int, phase: str, metrics: dict[str, float]) -> None:
-        """`step` counts all updates from 1, the warm-up's too."""
-        # JSON has no inf (a norm that the loss scaler skipped)
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "phase": phase, **finite}) + "\n")
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(f"{phase}/{name}", value, step)
-
-    def close(self) -> None:
-        self.tensorboard.close()
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """A killed process may have left half of a last line."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def figures(metrics: dict[str, float]) -> str:

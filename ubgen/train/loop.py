@@ -15,6 +15,7 @@ from ubgen.core.config import to_dict
 from ubgen.core.console import progress
 from ubgen.core.errors import UserError
 from ubgen.core.files import atomic_write
+from ubgen.core.metrics import METRICS_FILE, TENSORBOARD, MetricsLog
 from ubgen.core.stage import Stage, content_hash
 from ubgen.diffusion import LORA_FILE
 from ubgen.train.batches import Batch, draw_batch, updates_for
@@ -27,7 +28,7 @@ from ubgen.train.checkpoint import (
     save_weights,
 )
 from ubgen.train.config import TrainConfig, network_paths
-from ubgen.train.logging import METRICS_FILE, TENSORBOARD, MetricsLog, figures, save_grid
+from ubgen.train.logging import figures, save_grid
 from ubgen.train.state import Adversary, build_state
 from ubgen.train.update import Diverged, Metrics, discriminator_update, generator_update, warmup_features
 

@@ -15,6 +15,8 @@ HEAVY = {
     "ray",
     "open_clip",
     "peft",
+    "timm",
+    "torchvision",
 }
 PROGRAM = """
 import importlib, sys
@@ -26,7 +28,7 @@ finally:
 """
 
 
-@pytest.mark.parametrize("command", ["bench", "dataset", "doctor", "export", "synth", "train"])
+@pytest.mark.parametrize("command", ["bench", "dataset", "doctor", "export", "pretrain", "synth", "train"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     answer = subprocess.run(
         [sys.executable, "-c", PROGRAM, command], capture_output=True, text=True, check=False

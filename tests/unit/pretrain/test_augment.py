@@ -16,7 +16,8 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from ubgen.pretrain import augment
-from ubgen.pretrain.augment import Augmentation, EvaluationTransform, TrainingTransform, decode
+from ubgen.pretrain.augment import EvaluationTransform, TrainingTransform, decode
+from ubgen.pretrain.config import Augmentation
 
 PLAIN = Augmentation(flip=0.0, rand_augment="", erasing=0.0)
 DRAWS = [pytest.param(2_000), pytest.param(20_000, marks=pytest.mark.slow)]
@@ -28,11 +29,6 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def jpeg(make: SimpleNamespace) -> bytes:
-    return make.encoded(make.picture(0, 160, 128), quality=95)
 
 
 def assert_same_distribution(ours: list[float], theirs: list[float]) -> None:
@@ -153,7 +149,7 @@ def test_erasing_has_timms_rate_area_and_noise(draws: int) -> None:
 
 
 @pytest.mark.parametrize("draws", [pytest.param(300), pytest.param(20_000, marks=pytest.mark.slow)])
-def test_the_whole_transform_has_timms_moments(jpeg: bytes, draws: int) -> None:
+def test_the_whole_transform_has_timms_moments(make: SimpleNamespace, draws: int) -> None:
     theirs = create_transform(
         32, is_training=True, auto_augment="rand-m9-n2-mstd0.5-inc1", re_prob=0.25, re_mode="pixel", color_jitter=None,
         interpolation="bicubic",
@@ -161,8 +157,9 @@ def test_the_whole_transform_has_timms_moments(jpeg: bytes, draws: int) -> None:
     for operation in theirs.transforms[2].ops:
         if operation.name == "PosterizeIncreasing":
             operation.aug_fn = augment._posterize  # Pillow 13 raises in timm's
-    ours, image = TrainingTransform(32), Image.open(BytesIO(jpeg)).convert("RGB")
-    a = np.stack([ours(jpeg, seed) for seed in range(draws)])
+    ours, image = TrainingTransform(32), make.picture(0, 160, 128)
+    data = make.encoded(image, "PNG")  # always decoded at full scale
+    a = np.stack([ours(data, seed) for seed in range(draws)])
     b = np.stack([theirs(image).numpy() for _ in range(draws)])
     for of in (lambda x: x.mean((2, 3)), lambda x: x.std((2, 3))):
         for channel in range(3):
@@ -199,3 +196,13 @@ def test_a_reduced_scale_shows_the_same_crop(make: SimpleNamespace) -> None:
     for seed in range(20):
         difference = np.abs(reduced(data, seed) - full(png, seed))
         assert difference.mean() < 0.01
+
+
+def test_a_reduced_scale_keeps_the_moments(make: SimpleNamespace) -> None:
+    """On blocks of noise, the hardest case, contrast is up to 4 % higher; the means are the same."""
+    data = make.encoded(make.picture(0, 160, 128), quality=95)
+    png = make.encoded(Image.fromarray(decode(data)), "PNG")
+    transform = TrainingTransform(32)
+    a, b = (np.stack([transform(source, seed) for seed in range(500)]) for source in (data, png))
+    assert np.abs(a.mean((0, 2, 3)) - b.mean((0, 2, 3))).max() < 0.01
+    assert np.abs(a.std((2, 3)).mean(0) / b.std((2, 3)).mean(0) - 1).max() < 0.04

@@ -1,0 +1,223 @@
+"""Whole runs on a small network and real JPEGs."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ubgen.core.errors import UserError
+from ubgen.core.stage import read_manifest
+from ubgen.pretrain import PretrainConfig, pretrain
+from ubgen.pretrain.loop import memory_errors
+
+WEIGHTS = ("model.safetensors", "model_ema.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in WEIGHTS)
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(images: Path, validation: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run to its end, without a break."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    config = PretrainConfig(
+        model="test_resnet", image_size=32, epochs=3, warmup_epochs=1, batch_size=8, micro_batch=4, precision="no",
+        evaluate_every=1, checkpoint_every=2, threads=1, device="cpu",
+    )  # fmt: skip
+    assert pretrain(config, images, out, validation=validation, recipe="a test")
+    return out
+
+
+def test_a_run_leaves_what_the_next_stage_and_people_need(finished: Path, images: Path) -> None:
+    names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
+    assert names == {
+        *WEIGHTS, "run.json", "manifest.json", "metrics.jsonl", "tensorboard", "curve.png", "README.md", "config.json",
+    }  # fmt: skip
+    manifest = read_manifest(finished, "pretrain")
+    assert manifest["updates"] == 9
+    assert manifest["images_seen"] == 72
+    assert manifest["datasets"]["data"]["path"] == str(images)
+    assert json.loads((finished / "config.json").read_text())["class_ids"] == ["blue", "red"]
+    assert Image.open(finished / "curve.png").size[0] > 500
+    card = (finished / "README.md").read_text()
+    assert "26 images of\n2 classes" in card
+    assert "top-1" in card
+    lines = metrics(finished)
+    assert [line["epoch"] for line in lines if line["phase"] == "eval"] == [1, 2, 3]
+    assert [line["step"] for line in lines if line["phase"] == "train"] == [3, 6, 9]
+    assert all(0 <= line["data_wait"] <= 1 for line in lines if line["phase"] == "train")
+
+
+def test_the_weights_load_in_timm(finished: Path) -> None:
+    options = json.loads((finished / "config.json").read_text())["timm"]
+    for name in WEIGHTS:
+        model = timm.create_model("test_resnet", **options, checkpoint_path=str(finished / name))
+        saved = load_file(finished / name)
+        assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("stops", [(1,), (2, 1, 4)])
+def test_a_continued_run_has_the_same_bits(
+    finished: Path,
+    images: Path,
+    validation: Path,
+    tmp_path: Path,
+    config: PretrainConfig,
+    stops: tuple[int, ...],
+) -> None:
+    for stop in stops:
+        config = replace(config, threads=stop)  # their number does not matter
+        assert not pretrain(config, images, tmp_path, validation=validation, stop_after=stop)
+    assert pretrain(config, images, tmp_path, validation=validation)
+    assert same_weights(tmp_path, finished)
+    assert [line["step"] for line in metrics(tmp_path) if line["phase"] == "eval"] == [3, 6, 9]
+
+
+def test_a_finished_run_is_left_as_it_is(
+    finished: Path, images: Path, validation: Path, config: PretrainConfig
+) -> None:
+    before = (finished / "manifest.json").stat().st_mtime_ns
+    assert pretrain(config, images, finished, validation=validation)
+    assert (finished / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", 2e-3), ("batch_size", 4)])
+def test_another_run_is_refused(
+    finished: Path, images: Path, validation: Path, config: PretrainConfig, name: str, value: float
+) -> None:
+    with pytest.raises(UserError, match=f"{name} was"):
+        pretrain(replace(config, **{name: value}), images, finished, validation=validation)
+
+
+def test_another_dataset_is_refused(
+    finished: Path, images: Path, validation: Path, config: PretrainConfig
+) -> None:
+    with pytest.raises(UserError, match="data was sha256"):
+        pretrain(config, validation, finished, validation=validation)
+
+
+def test_other_processes_are_refused(images: Path, tmp_path: Path, config: PretrainConfig) -> None:
+    assert not pretrain(config, images, tmp_path, stop_after=1)
+    run = tmp_path / "run.json"
+    content = json.loads(run.read_text())
+    content["identity"]["processes"] = 2
+    run.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="processes was 2, now 1"):
+        pretrain(config, images, tmp_path)
+
+
+def test_a_vision_transformer_of_another_size(images: Path, tmp_path: Path, config: PretrainConfig) -> None:
+    vit = replace(config, model="test_vit", patch_size=8, epochs=2, precision="bf16", channels_last=False)
+    assert pretrain(vit, images, tmp_path)
+    options = json.loads((tmp_path / "config.json").read_text())["timm"]
+    assert options == {"num_classes": 2, "img_size": 32, "patch_size": 8}
+    timm.create_model("test_vit", **options, checkpoint_path=str(tmp_path / WEIGHTS[0]))
+    assert "no validation set" in (tmp_path / "README.md").read_text()
+
+
+def test_broken_images_stop_the_run_or_are_listed(
+    images: Path, tmp_path: Path, config: PretrainConfig
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(images, data)
+    for name in ("red/0.jpg", "blue/3.jpg"):
+        (data / name).write_bytes((data / name).read_bytes()[:300])
+    short = replace(config, epochs=2)
+    with pytest.raises(UserError, match=r"\.jpg: not a usable image"):
+        pretrain(short, data, tmp_path / "strict")
+    assert pretrain(replace(short, skip_broken=True), data, tmp_path / "lenient")
+    listed = (tmp_path / "lenient" / "skipped.txt").read_text().splitlines()
+    assert len(listed) == len(set(listed)) <= 2
+    assert all("red/0.jpg" in line or "blue/3.jpg" in line for line in listed)
+    assert f"{len(listed)} images could not be decoded" in (tmp_path / "lenient" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 32}, "26 images, fewer than one batch"),
+        ({"batch_size": 7}, "batch_size 7 cannot be cut"),
+        ({"model": "resnet5"}, "timm has no 'resnet5'; did you mean"),
+        ({"model": "test_vit", "image_size": 30}, "does not fit"),
+        ({"num_classes": 3}, "--num-classes 3"),
+        ({"warmup_epochs": 3}, "warmup_epochs must be below epochs"),
+    ],
+)
+def test_wrong_options_leave_nothing(
+    images: Path, tmp_path: Path, config: PretrainConfig, change: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        pretrain(replace(config, **change), images, tmp_path / "out")
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_damaged_checkpoint_is_named(images: Path, tmp_path: Path, config: PretrainConfig) -> None:
+    assert not pretrain(config, images, tmp_path, stop_after=1)
+    (tmp_path / "checkpoint.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"checkpoint\.pt: damaged"):
+        pretrain(config, images, tmp_path)
+
+
+def test_out_of_memory_names_the_batch_options(config: PretrainConfig) -> None:
+    with pytest.raises(UserError, match="--micro-batch"), memory_errors(config):
+        torch.empty(2**58)
+    with pytest.raises(RuntimeError, match="another"), memory_errors(config):
+        raise RuntimeError("another")
+
+
+def command(config: PretrainConfig, images: Path, out: Path) -> list[str]:
+    options = {
+        "model": config.model, "image-size": 32, "epochs": 3, "warmup-epochs": 1, "batch-size": 8, "micro-batch": 4,
+        "precision": "no", "evaluate-every": 1, "checkpoint-every": 2, "threads": 1, "device": "cpu",
+    }  # fmt: skip
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return ["-m", "ubgen.cli.pretrain", "--data", str(images), "--out", str(out), *flags]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(
+    finished: Path, images: Path, validation: Path, tmp_path: Path, config: PretrainConfig
+) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    line = [sys.executable, *command(config, images, tmp_path), "--val", str(validation)]
+    process = subprocess.Popen(line, env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "manifest.json").exists()
+    subprocess.run(line, env=environment, check=True, timeout=120)
+    assert same_weights(tmp_path, finished)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network(
+    images: Path, validation: Path, tmp_path: Path, config: PretrainConfig
+) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    line = [*launcher, *command(config, images, tmp_path), "--val", str(validation)]
+    subprocess.run([*line, "--stop-after", "4"], env=environment, check=True, timeout=300)
+    subprocess.run(line, env=environment, check=True, timeout=300)
+    manifest = read_manifest(tmp_path, "pretrain")
+    assert manifest["config"]["processes"] == 2
+    assert manifest["updates"] == 9
+    assert [entry["step"] for entry in metrics(tmp_path) if entry["phase"] == "eval"] == [3, 6, 9]
+    timm.create_model("test_resnet", num_classes=2, checkpoint_path=str(tmp_path / WEIGHTS[1]))
