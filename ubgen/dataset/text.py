@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 _SAFE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?")
 _SPLIT = r"train|training|validation|valid|dev|val|test|testing|eval|evaluation"  # words of Hugging Face `datasets`
-_RESERVED = re.compile(rf"class-.*|(?:.*[-._0-9])?(?:{_SPLIT})(?:[-._0-9].*)?")
+_RESERVED = re.compile(
+    rf"class-.*|.*\.(?:csv|jsonl?|md|parquet|txt)|(?:.*[-._0-9])?(?:{_SPLIT})(?:[-._0-9].*)?"
+)
 _SCORES = {
     "clip_similarity": ("CLIP similarity", 'CLIP similarity to "photo of {class}", -1 to 1'),
     "quality": ("Q-Align score", "Q-Align score, 1 (bad) to 5 (excellent)"),
@@ -36,8 +38,8 @@ def safe_names(ids: Sequence[str]) -> list[str]:
     """A file name for each class: its id where that is safe on every file system, or "class-" and its index.
 
     Safe are up to 100 ASCII letters, digits, dots, dashes and underscores, not dots at the ends; ids that differ in
-    case alone are not, nor ids that readers of folders take for a split ("train", "test-tube"). No two names are the
-    same.
+    case alone are not, nor ids that readers of folders take for a split ("train", "test-tube") or that are named like a
+    file beside the classes ("classes.json"). No two names are the same.
     """
     folded = Counter(name.lower() for name in ids)
     return [

@@ -97,6 +97,7 @@ FOLDER_CLASSES = {
         "n2",
         "n10",
     ],
+    "files": ["class_map.txt", "classes.json", "manifest.json", "metadata.jsonl", "run.json"],
     "sorted": ["a-dev", "a_testing", "training", "validation", "x.jpg", "y.zip"],
 }
 

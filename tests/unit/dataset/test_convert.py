@@ -94,6 +94,22 @@ def test_an_interrupted_conversion_continues(tmp_path: Path, make: Make, to: For
     assert tree(out) == tree(straight)
 
 
+def test_a_folder_begun_with_other_directories_is_not_finished(tmp_path: Path, make: Make) -> None:
+    """As an earlier version did, which called a class's directory "train"."""
+    source, out = make(tmp_path / "d", ids=["cat", "train"]), tmp_path / "out"
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, "folder", 6, stop)
+    part = out / ".part-000000.jsonl"
+    part.write_text(part.read_text().replace("1_class-000001/", "train/"))
+    with pytest.raises(UserError, match="earlier version of ubgen, which called a directory 'train'"):
+        convert(source, out, "folder", 6)
+
+
 def tree(out: Path) -> dict[str, bytes]:
     """The manifest holds the time."""
     return {

@@ -20,7 +20,7 @@ from ubgen.dataset.tools.tars import SourceSample
 _ROW_GROUP = 100  # images; what Hugging Face writes, so that a reader fetches some megabytes at a time
 _SHARDS = '"shard-*.tar"'
 CLASS_MAP = "class_map.txt"
-_LABEL = re.compile(rb'^\{"file_name": "[^"]*", "label": (\d+),', re.MULTILINE)
+_PLACE = re.compile(rb'^\{"file_name": "([^"/]*)/[^"]*", "label": (\d+),', re.MULTILINE)
 OWN = {*SCORES, "class_index", "flag"}
 
 
@@ -103,13 +103,19 @@ for image, label in ImageFolder("."):
         return self.store.size(self._part(number)) is not None
 
     def finish(self, source_card: str | None, images: int) -> None:
-        there: set[int] = set()
+        there: set[tuple[bytes, bytes]] = set()
         with self.store.new_file("metadata.jsonl") as file:
             for number in range(self.parts):
                 lines = self.store.read(self._part(number))
                 file.write(lines)
-                there.update(map(int, _LABEL.findall(lines)))
-        if empty := [entry["id"] for entry in self.classes if entry["index"] not in there]:
+                there.update(_PLACE.findall(lines))
+        if strange := [name.decode() for name, label in there if name.decode() != self.names[int(label)]]:
+            raise UserError(
+                f"{self.store} was begun by an earlier version of ubgen, which called a directory {strange[0]!r}; "
+                "choose another OUT"
+            )
+        labels = {int(label) for _, label in there}
+        if empty := [entry["id"] for entry in self.classes if entry["index"] not in labels]:
             self._write_class_map(empty)
         super().finish(source_card, images)
         for number in range(self.parts):
