@@ -105,7 +105,7 @@ def test_a_folder_begun_with_other_directories_is_not_finished(tmp_path: Path, m
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, "folder", 6, stop)
     part = out / ".part-000000.jsonl"
-    part.write_text(part.read_text().replace("1_class-000001/", "train/"))
+    part.write_text(part.read_text().replace("class-000001/", "train/"))
     with pytest.raises(UserError, match="earlier version of ubgen, which called a directory 'train'"):
         convert(source, out, "folder", 6)
 
