@@ -70,8 +70,7 @@ def exportable(module: nn.Module) -> Exportable:
 
 
 def spec(compiler: str, options: Options, **changes: Any) -> NetworkSpec:
-    opset = 20 if compiler == "onnxruntime" else 23
-    return NetworkSpec(BATCH, 1e-3, compiler, options=options, **{"opset": opset, **changes})
+    return NetworkSpec(BATCH, 1e-3, compiler, options=options, **{"opset": 23, **changes})
 
 
 def build(network: Exportable, wanted: NetworkSpec, directory: Path) -> Path:

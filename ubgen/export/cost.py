@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,13 +46,18 @@ def _with_containers(by_module: dict[str, int]) -> dict[str, int]:
 
 
 @torch.no_grad()
-def peak_activations(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[int, Tensor]:
+def peak_activations(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    keeps_scores: Callable[[Tensor, bool], bool] = lambda query, masked: False,
+) -> tuple[int, Tensor]:
     """Most bytes that `module(**inputs)` holds at one moment in eager PyTorch, inputs and output included; the output.
 
-    All tensors lie on "meta". Attention counts as one operation, as every compiler here has it. A compiler that fuses
-    needs less.
+    All tensors lie on "meta". Attention counts as one operation, but where `keeps_scores` (of its queries
+    (B,heads,S,width), and of whether it is masked or causal) says that its scores are whole in memory: then they are
+    there before and after the softmax. A compiler that fuses needs less.
     """
-    with _FusedAttention(), _Tracker() as tracker:
+    with _Attention(keeps_scores), _Tracker() as tracker:
         for tensor in inputs.values():
             tracker.add(tensor)
         output = module(**inputs)
@@ -95,11 +100,23 @@ class _Tracker(TorchDispatchMode):
             self._now -= size
 
 
-class _FusedAttention(TorchFunctionMode):
-    """On "meta" attention would be taken apart, and its matrix of scores counted, which no kernel keeps."""
+class _Attention(TorchFunctionMode):
+    """On "meta" attention would always be taken apart, and its scores counted in float32."""
+
+    def __init__(self, keeps_scores: Callable[[Tensor, bool], bool]) -> None:
+        super().__init__()
+        self._keeps_scores = keeps_scores
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            query, _, value = (*args, *(kwargs or {}).values())[:3]
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
-        return func(*args, **(kwargs or {}))
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self._attention(*args, **(kwargs or {}))
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *rest: Any, **named: Any
+    ) -> Tensor:
+        masked = attn_mask is not None or any(rest) or bool(named.get("is_causal"))
+        if self._keeps_scores(query, masked):
+            scores = query.new_empty(*query.shape[:-1], key.shape[-2])
+            torch.empty_like(scores)
+        return query.new_empty(*query.shape[:-1], value.shape[-1])

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -163,7 +164,7 @@ def _plan(name: str, network: Exportable, spec: NetworkSpec) -> NetworkPlan:
     full = {
         n: _rows(t, spec.batch.max) if n not in network.constant else t for n, t in network.inputs[0].items()
     }
-    peak, output = peak_activations(lowered, full)
+    peak, output = peak_activations(lowered, full, partial(keeps_scores, spec))
     size = _size(lowered)
     return NetworkPlan(
         name,
@@ -175,6 +176,21 @@ def _plan(name: str, network: Exportable, spec: NetworkSpec) -> NetworkPlan:
         signature=network.signature(spec.batch, output),
         network=network,
     )
+
+
+def keeps_scores(spec: NetworkSpec, query: Tensor, masked: bool) -> bool:
+    """Whether the compiler may have no fused kernel for an attention, so that all its scores are in memory at once.
+
+    PyTorch's own kernels, which AOTInductor calls, never do. ONNX Runtime needs opset 23 and, as our graphs use it, an
+    attention without a mask in a type that its kernel takes. TensorRT fuses half precision up to a width of 256.
+    """
+    if spec.compiler == "aotinductor":
+        return False
+    exact = query.dtype == torch.float32
+    if spec.compiler == "onnxruntime":
+        fits = exact or (spec.options.provider == "cuda" and query.dtype == torch.float16)
+        return spec.opset < 23 or masked or not fits
+    return exact or query.shape[-1] > 256
 
 
 def _size(module: torch.nn.Module) -> int:

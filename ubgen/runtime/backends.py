@@ -38,8 +38,8 @@ class Backend:
     """Whether it reads an ONNX file. That is written on the CPU: the GPU's memory is the compiler's."""
     needs: Mapping[str, Callable[[], Probe]] = field(default_factory=dict)
     """What a precision needs besides."""
-    opset_23: tuple[int, int] | None = None
-    """The first release that reads ONNX of opset 23, if not every one does."""
+    opset_23: Mapping[str, tuple[str, tuple[int, int]]] = field(default_factory=dict)
+    """By device, the package and its first release that runs ONNX of opset 23, if not every one does."""
 
     def probe(self, device: str) -> Probe:
         """Whether this machine can compile for the device and run the result, or why not."""
@@ -51,8 +51,8 @@ class Backend:
     def missing(self, device: str, precision: str, opset: int) -> str | None:
         """Why this machine cannot compile such a network, in a line; None when it can."""
         probe = self.probe(device)
-        if self.opset_23 and opset >= 23:
-            probe = probes.at_least(probe, self.name, self.opset_23, advice=", or set opset = 20")
+        if opset >= 23 and (release := self.opset_23.get(parse_device(device).type)):
+            probe = probes.at_least(probe, *release, advice=", or set opset = 20")
         needed = [probe, *(self.needs[precision]() for _ in range(precision in self.needs))]
         return next((f"{answer.name}: {answer.detail}" for answer in needed if not answer.available), None)
 
@@ -106,6 +106,7 @@ BACKENDS: dict[str, Backend] = {
             installed_version=_onnxruntime_version,
             options=frozenset({"provider", "cuda_graphs"}),
             from_onnx=True,
+            opset_23={"cuda": ("onnxruntime-gpu", (1, 25))},  # before, Attention runs on the CPU
         ),
         Backend(
             name="aotinductor",
@@ -128,7 +129,7 @@ BACKENDS: dict[str, Backend] = {
             options=frozenset({"cuda_graphs", "refit", "workspace_gb", "optimization_level"}),
             from_onnx=True,
             needs={"float8": probes.modelopt},
-            opset_23=(10, 15),
+            opset_23={"cuda": ("tensorrt", (10, 15))},
         ),
         Backend(
             name="torch_tensorrt",

@@ -124,3 +124,21 @@ def test_peak_activations() -> None:
     assert output.shape == (8, 2048, 4)
     # attention's input and output, and the first input and the last output that are still there
     assert peak == 2 * wide + 2 * narrow
+
+
+def test_scores_that_are_kept_count_before_and_after_the_softmax() -> None:
+    chain, inputs = Chain().to("meta").half(), {"x": torch.empty(8, 2048, 4, device="meta", dtype=torch.half)}
+    fused, _ = peak_activations(chain, inputs)
+    asked = list[tuple[tuple[int, ...], bool]]()
+
+    def keeps(query: Tensor, masked: bool) -> bool:
+        asked.append((tuple(query.shape), masked))
+        return True
+
+    whole, _ = peak_activations(chain, inputs, keeps)
+    assert asked == [((8, 1, 2048, 1024), False)]
+    wide, scores = 8 * 2048 * 1024 * 2, 8 * 2048 * 2048 * 2
+    assert fused == 2 * wide + 2 * 8 * 2048 * 4 * 2
+    assert (
+        whole == wide + 2 * scores + 8 * 2048 * 4 * 2
+    )  # with the input, and before attention's output is there

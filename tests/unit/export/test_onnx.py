@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ubgen.diffusion import load_stable_diffusion
 from ubgen.export.compilers.onnx import export_onnx
-from ubgen.export.compilers.onnx_passes import compute_equal_rows_once, fit_cpu
+from ubgen.export.compilers.onnx_passes import compute_equal_rows_once, fit_cpu, fit_cuda
 from ubgen.export.exportable import Exportable
 from ubgen.export.networks import UNet
 from ubgen.export.spec import BatchRange, NetworkSpec, Options
@@ -58,9 +59,9 @@ def draw(unet: UNet2DConditionModel, rows: int) -> dict[str, Tensor]:
     }
 
 
-def export(unet: UNet2DConditionModel, path: Path, options: Options) -> Path:
+def export(unet: UNet2DConditionModel, path: Path, options: Options, compiler: str = "onnxruntime") -> Path:
     network = Exportable(UNet(unet).eval(), [draw(unet, 2)], "noise", frozenset({"uncond", "guidance"}))
-    return export_onnx(network, NetworkSpec(BATCH, RTOL, opset=23, options=options), path)[0]
+    return export_onnx(network, NetworkSpec(BATCH, RTOL, compiler, opset=23, options=options), path)[0]
 
 
 def run(model: Path | bytes, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -98,7 +99,12 @@ def unet() -> UNet2DConditionModel:
 
 @pytest.fixture(scope="module")
 def standard(unet, tmp_path_factory) -> Path:
-    return export(unet, tmp_path_factory.mktemp("gpu") / "unet.onnx", Options(provider="cuda"))
+    return export(unet, tmp_path_factory.mktemp("standard") / "unet.onnx", Options(), "tensorrt")
+
+
+@pytest.fixture(scope="module")
+def cuda(unet, tmp_path_factory) -> Path:
+    return export(unet, tmp_path_factory.mktemp("cuda") / "unet.onnx", Options(provider="cuda"))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +112,7 @@ def fitted(unet, tmp_path_factory) -> ir.Model:
     return ir.load(export(unet, tmp_path_factory.mktemp("cpu") / "unet.onnx", Options(provider="cpu")))
 
 
-def test_the_graph_for_a_gpu_is_standard_onnx(standard, unet):
+def test_the_graph_for_tensorrt_is_standard_onnx(standard, unet):
     model = onnx.load(standard)
     assert {entry.domain for entry in model.opset_import} == {""}
     assert operators(ir.from_proto(model))["Attention"] == len(unet.attn_processors)
@@ -129,6 +135,14 @@ def test_attention_and_group_norm_become_operators_with_kernels(fitted, standard
     assert not after.keys() & {"Attention", "GroupNormalization", "Softmax"}
     transformers = sum(isinstance(module, Transformer2DModel) for module in unet.modules())
     assert after["Transpose"] == 2 * transformers  # into and out of each
+
+
+def test_the_graph_for_onnx_runtimes_cuda_provider_has_its_operators_and_pytorchs_values(cuda, unet):
+    count = operators(ir.load(cuda))
+    assert count["MultiHeadAttention"] == len(unet.attn_processors)
+    assert count["InstanceNormalization"] == sum(isinstance(m, torch.nn.GroupNorm) for m in unet.modules())
+    assert not count.keys() & {"Attention", "GroupNormalization", "BatchNormalization", "Softmax"}
+    assert_equal_to_pytorch(cuda, unet)
 
 
 def test_what_guidance_shares_is_computed_once_for_each_image(fitted, unet):
@@ -223,6 +237,43 @@ def test_only_plain_attention_is_fused(attributes, mask, fused):
     torch.testing.assert_close(
         run(ir.to_proto(model).SerializeToString(), given), run(proto.SerializeToString(), given)
     )
+
+
+def half_block() -> onnx.ModelProto:
+    """The attention of `attention_model` and a group norm, in float16."""
+    norm = """
+    <ir_version: 10, opset_import: ["": 23]>
+    main (float[b,8,2,3] image) => (float[b,8,2,3] normal)
+    <float[8] weight = {1.0,2.0,0.5,4.0,1.0,2.0,0.5,4.0}, float[8] bias = {0.0,1.0,-1.0,2.0,0.5,3.0,-2.0,1.0}>
+    { normal = GroupNormalization<num_groups=2, epsilon=1e-5>(image, weight, bias) }"""
+    whole = onnx.compose.merge_models(attention_model(), parser.parse_model(norm), io_map=[])
+    for value in (*whole.graph.input, *whole.graph.value_info, *whole.graph.output):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    for tensor in whole.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype == np.float32:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), tensor.name))
+    return whole
+
+
+def test_half_precision_is_rewritten_for_the_gpu_alone():
+    proto = half_block()
+    kept, rewritten = ir.from_proto(proto), ir.from_proto(proto)
+    fit_cpu(kept)
+    fit_cuda(rewritten)
+    assert (operators(kept)["Attention"], operators(kept)["GroupNormalization"]) == (1, 1)
+    assert operators(rewritten)["MultiHeadAttention"] == operators(rewritten)["InstanceNormalization"] == 1
+    shapes = {**dict.fromkeys("qkv", (3, 6, 16)), "image": (3, 8, 2, 3)}
+    given = {name: torch.randn(shape).half().numpy() for name, shape in shapes.items()}
+    results = [
+        onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            None, given
+        )
+        for model in (proto, ir.to_proto(rewritten))
+    ]
+    for wanted, ours in zip(*results, strict=True):
+        torch.testing.assert_close(torch.from_numpy(ours), torch.from_numpy(wanted), rtol=2e-3, atol=2e-3)
 
 
 def linear_model(body: str, constants: str = "") -> onnx.ModelProto:

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from ubgen.core.config import resolve_path
 from ubgen.core.errors import UserError
 from ubgen.core.probes import Probe, at_least
 from ubgen.diffusion import load_stable_diffusion
 from ubgen.export import EngineSpec, export_engine, load_spec, plan_export
 from ubgen.export.networks import UNet, VaeDecoder
-from ubgen.export.plan import NetworkPlan, memory_problem
+from ubgen.export.plan import NetworkPlan, keeps_scores, memory_problem, plan_networks
 from ubgen.export.spec import BatchRange, Options
 from ubgen.rewards import QAlign
 
@@ -116,6 +117,82 @@ def test_memory_that_engines_keep_is_added_up(
     assert memory_problem(spec, plans, host=100 * GIB, device=needed) is None
     problem = memory_problem(spec, plans, host=100 * GIB, device=needed - 1)
     assert re.search(r"all networks .* beside .* of weights, .*: lower batch\.max", problem or "")
+
+
+SD15_UNET = {
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SD15_VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+SD15_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+
+
+@pytest.fixture(scope="module")
+def sd15_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Configs of Stable Diffusion 1.5's size, and the miniature's scorers."""
+    root = tmp_path_factory.mktemp("sd15")
+    for name, config in (("unet", SD15_UNET), ("vae", SD15_VAE), ("text_encoder", SD15_TEXT)):
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights = load_spec("miniature").weights
+    scorers = {"clip": weights.clip, "qalign": weights.qalign}
+    return {"stable_diffusion": root, **{name: resolve_path(str(path)) for name, path in scorers.items()}}
+
+
+# Channels at 64x64 in the UNet's last feed-forward part: the linear layer's result, one half of it through GELU, their
+# product; around it what comes from below, three tensors that skipped ahead, and five of the block's own.
+UNET = 2 * 64**2 * (2560 + 1280 + 1280 + 640 + 3 * 320 + 5 * 320)
+DECODER = 512**2 * 3 * 256  # the last upsampled image, normalised, and through SiLU
+SCORES = 2 * 8 * 64**4  # of the UNet's first attention
+SD15 = ("sd15-fp16", "sd15-fp8", "sd15-torch-trt-fp16", "sd15-aoti-bf16", "sd15-ort-cuda-fp16", "sd15-cpu")
+
+
+@pytest.mark.parametrize("name", SD15)
+def test_the_memory_of_every_spec_against_a_count_by_hand(name: str, sd15_weights: dict[str, Path]) -> None:
+    spec = load_spec(name)
+    plans = {plan.name: plan for plan in plan_networks(spec, sd15_weights)}
+    for network, values in (("unet", UNET), ("vae_decoder", DECODER)):
+        plan, size = plans[network], 4 if spec.device == "cpu" else 2
+        assert plan.activation_bytes == pytest.approx(size * values * plan.spec.batch.max, rel=0.01)
+
+
+def test_scores_count_where_an_attention_is_several_operators(sd15_weights: dict[str, Path]) -> None:
+    spec = with_network(load_spec("sd15-ort-cuda-fp16"), "unet", opset=20)
+    unet = plan_networks(spec, sd15_weights)[1]
+    assert pytest.approx(8.6e9, rel=0.01) == 2 * SCORES * 16  # one matrix at batch 16
+    assert unet.activation_bytes == pytest.approx(2 * 2 * SCORES * unet.spec.batch.max, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "width", "masked", "kept"),
+    [
+        ("sd15-fp16", torch.float16, 40, False, False),
+        ("sd15-fp16", torch.float16, 512, False, True),  # the decoder's: wider than any fused kernel
+        ("sd15-fp16", torch.float32, 40, False, True),
+        ("sd15-torch-trt-fp16", torch.bfloat16, 160, True, False),
+        ("sd15-aoti-bf16", torch.float32, 512, True, False),
+        ("sd15-ort-cuda-fp16", torch.float16, 512, False, False),
+        ("sd15-ort-cuda-fp16", torch.float16, 64, True, True),
+        ("sd15-ort-cuda-fp16", torch.bfloat16, 64, False, True),
+        ("sd15-cpu", torch.float32, 40, False, False),
+        ("sd15-cpu", torch.float16, 40, False, True),
+    ],
+)
+def test_where_scores_are_kept(spec: str, dtype: torch.dtype, width: int, masked: bool, kept: bool) -> None:
+    query = torch.empty(2, 8, 16, width, dtype=dtype, device="meta")
+    assert keeps_scores(load_spec(spec).networks.unet, query, masked) is kept
 
 
 def test_a_batch_beyond_the_memory_is_refused_before_any_work(tmp_path: Path) -> None:

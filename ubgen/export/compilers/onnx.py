@@ -13,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from ubgen.core.console import quiet
 from ubgen.export.compilers import one_line
 from ubgen.export.compilers.float8 import quantise
-from ubgen.export.compilers.onnx_passes import compute_equal_rows_once, fit_cpu
+from ubgen.export.compilers.onnx_passes import compute_equal_rows_once, fit_cpu, fit_cuda
 from ubgen.export.exportable import Exportable, Say
 from ubgen.export.spec import NetworkSpec
 
@@ -30,8 +30,8 @@ def compile_network(network: Exportable, spec: NetworkSpec, file: Path, device: 
 def export_onnx(network: Exportable, spec: NetworkSpec, path: Path, *, rewrite: bool = True) -> list[Path]:
     """Write `path` (and `path`.data when the weights are large); the batch is free within the spec's range.
 
-    Returns the files written, the graph first. It is standard ONNX, but for ONNX Runtime on the CPU: there it is
-    rewritten for that provider's kernels (see `onnx_passes`). What guidance would compute twice is computed once;
+    Returns the files written, the graph first. It is standard ONNX, but for ONNX Runtime: there it is rewritten for
+    the provider's kernels (see `onnx_passes`). What guidance would compute twice is computed once;
     opset 23, whose norms and attention are single operators, gives both the most to work on. `rewrite` False leaves
     the graph as PyTorch's exporter writes it.
     """
@@ -53,8 +53,8 @@ def export_onnx(network: Exportable, spec: NetworkSpec, path: Path, *, rewrite: 
             verbose=False,
         )
         assert program is not None  # it would be with the exporter before dynamo's
-        if rewrite and spec.compiler == "onnxruntime" and spec.options.provider == "cpu":
-            fit_cpu(program.model)
+        if rewrite and spec.compiler == "onnxruntime":
+            (fit_cpu if spec.options.provider == "cpu" else fit_cuda)(program.model)
         elif rewrite:
             compute_equal_rows_once(program.model.graph)
             RemoveUnusedNodesPass()(program.model)

@@ -1,12 +1,13 @@
 """Graph passes, from opset 23 on. `compute_equal_rows_once` is for every compiler that reads ONNX.
 
-`fit_cpu` is for ONNX Runtime's CPU kernels; `bench/unet_cpu.py` measures each of its passes. ONNX Runtime's own
-optimiser already fuses SiLU and GELU and lays out convolutions; what it leaves undone in a Stable Diffusion UNet is
-done there. Its kernels already run at the speed of the processor's multipliers, so that only less arithmetic is
-faster. The result holds operators of the domain com.microsoft, so it is for ONNX Runtime alone.
+`fit_cuda` is for ONNX Runtime's CUDA provider, `fit_cpu` for its CPU kernels; `bench/unet_cpu.py` measures each pass
+of the latter. ONNX Runtime's own optimiser already fuses SiLU and GELU and lays out convolutions; what it leaves undone
+in a Stable Diffusion UNet is done there. Its kernels already run at the speed of the processor's multipliers, so that
+only less arithmetic is faster. Both results hold operators of ONNX Runtime's own domain, com.microsoft.
 """
 
 import math
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from onnxscript.rewriter import pattern, rewrite
 # values of a result for one image; for what no cache holds, Gemm's bias costs more than an Add
 GEMM_LIMIT = 2**18
 
+# what the kernels of MultiHeadAttention and InstanceNormalization take
+_CPU_TYPES = frozenset({ir.DataType.FLOAT})
+_CUDA_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
+
 # which of three taps on an image doubled in size fall on the same pixel of the small one: (phase, small tap, tap)
 _PHASES = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], float)
 
@@ -27,9 +32,9 @@ def fit_cpu(model: ir.Model) -> None:
 
     The weights stay as they are; only those of a linear layer whose result is split are cut in two.
     """
-    rewrite(model, pattern_rewrite_rules=[FuseAttention.rule()])
+    rewrite(model, pattern_rewrite_rules=[FuseAttention.rule(_CPU_TYPES)])
     compute_equal_rows_once(model.graph)
-    rewrite(model, pattern_rewrite_rules=[LowerGroupNorm.rule(), CutLinear.rule()])
+    rewrite(model, pattern_rewrite_rules=[LowerGroupNorm.rule(_CPU_TYPES), CutLinear.rule()])
     # after the cut: of both parts of a linear layer, too
     rewrite(model, pattern_rewrite_rules=[FuseBias.rule()])
     rewrite(model, pattern_rewrite_rules=[ConvolveBeforeUpsampling.rule()])
@@ -37,11 +42,27 @@ def fit_cpu(model: ir.Model) -> None:
     ClearMetadataAndDocStringPass()(model)  # traces of this machine's source files, most of the graph's bytes
 
 
-class FuseAttention(pattern.RewriteRuleClassBase):
-    """Heads split, attention, heads merged -> MultiHeadAttention on (B,S,D), whose CPU kernel is flash attention.
+def fit_cuda(model: ir.Model) -> None:
+    """Rewrite `model` in place for ONNX Runtime's CUDA provider: same inputs, outputs and values up to rounding.
 
-    The CPU kernel of the standard operator is slower and holds all scores at once, (B,heads,S,S).
+    It has no kernel of GroupNormalization, and one of its own for channels-last images alone.
     """
+    rewrite(model, pattern_rewrite_rules=[FuseAttention.rule(_CUDA_TYPES)])
+    compute_equal_rows_once(model.graph)
+    rewrite(model, pattern_rewrite_rules=[LowerGroupNorm.rule(_CUDA_TYPES)])
+    RemoveUnusedNodesPass()(model)
+
+
+class FuseAttention(pattern.RewriteRuleClassBase):
+    """Heads split, attention, heads merged -> MultiHeadAttention on (B,S,D), a flash attention on CPU and GPU.
+
+    The CPU kernel of the standard operator is slower and holds all scores at once, (B,heads,S,S). On a GPU older
+    releases have none, and give the node to the CPU.
+    """
+
+    def __init__(self, types: Container[Any]) -> None:
+        super().__init__()
+        self._types = types
 
     def pattern(self, op: Any, q: Any, k: Any, v: Any, q_to: Any, k_to: Any, v_to: Any, to: Any) -> Any:
         heads = [
@@ -53,7 +74,7 @@ class FuseAttention(pattern.RewriteRuleClassBase):
 
     def check(self, context: Any, q: Any, k: Any, v: Any, attention: Any, out: Any, **_: Any) -> bool:
         node = attention.producer()
-        plain = q.dtype == ir.DataType.FLOAT  # the kernel's only type
+        plain = q.dtype in self._types
         plain = (
             plain
             and not node.attributes.get_int("is_causal", 0)
@@ -75,17 +96,21 @@ class FuseAttention(pattern.RewriteRuleClassBase):
 class LowerGroupNorm(pattern.RewriteRuleClassBase):
     """GroupNormalization -> InstanceNormalization of the groups, then each channel's scale and bias.
 
-    ONNX Runtime has no CPU kernel for it and expands it to a dozen operators, most over the whole tensor.
-    BatchNormalization of mean 0 and variance 1 is scale and bias in one pass, with the bits of Mul and Add.
+    ONNX Runtime has no kernel for it and expands it to a dozen operators, most over the whole tensor. On the CPU
+    BatchNormalization of mean 0 and variance 1 is scale and bias in one pass, with the bits of Mul and Add; in half
+    precision it has no kernel.
     """
+
+    def __init__(self, types: Container[Any]) -> None:
+        super().__init__()
+        self._types = types
 
     def pattern(self, op: Any, x: Any, weight: Any, bias: Any) -> Any:
         return op.GroupNormalization(x, weight, bias, _outputs=["out"])
 
     def check(self, context: Any, x: Any, weight: Any, bias: Any, **_: Any) -> bool:
         known = x.shape is not None and all(isinstance(size, int) for size in x.shape[1:])
-        known = known and x.dtype == ir.DataType.FLOAT  # the kernel's only type
-        return known and _is_constant(weight) and _is_constant(bias)
+        return known and x.dtype in self._types and _is_constant(weight) and _is_constant(bias)
 
     def rewrite(self, op: Any, x: Any, weight: Any, bias: Any, out: Any) -> Any:
         node, sizes = out.producer(), x.shape[1:]
@@ -101,6 +126,10 @@ class LowerGroupNorm(pattern.RewriteRuleClassBase):
             epsilon=node.attributes["epsilon"].as_float(),
         )
         normal = op.Reshape(normal, constant("shape", [0, *sizes]))
+        if self._types is _CUDA_TYPES:
+            by_channel = [-1, *(1 for _ in sizes[1:])]
+            scale, shift = (v.const_value.numpy().astype(dtype).reshape(by_channel) for v in (weight, bias))
+            return op.Add(op.Mul(normal, constant("scale", scale)), constant("bias", shift))
         mean, variance = np.zeros(sizes[0], dtype), np.ones(sizes[0], dtype)
         return op.BatchNormalization(
             normal, weight, bias, constant("mean", mean), constant("variance", variance), epsilon=0.0
