@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from ubgen.core.errors import UserError, Warned
-from ubgen.dataset import open_dataset, write_classes
+from ubgen.dataset import ShardWriter, open_dataset, write_classes
 from ubgen.dataset.tools.convert import Format, convert
 
 FORMATS: tuple[Format, ...] = ("folder", "parquet", "webdataset")
@@ -258,6 +258,19 @@ def test_classes_without_images_are_named_with_what_readers_need(tmp_path: Path)
     timms = create_dataset("", str(tmp_path / "out"), class_map="class_map.txt")
     for data in (timms, ImageFolder(tmp_path / "out", allow_empty=True)):
         assert sorted(label for _, label in data) == [0, 3]
+
+
+def test_json_of_an_earlier_conversion_is_fitted_too(tmp_path: Path) -> None:
+    """Which took nulls over as they were."""
+    source = foreign(tmp_path / "src" / "a.tar", [*GOOD, ("b.jpg", jpeg()), ("b.cls", b"0")])
+    convert(source, tmp_path / "shards", "webdataset")
+    with ShardWriter(tmp_path / "shards", 0) as writer:
+        for position, caption in enumerate((None, "a cat")):
+            writer.write(position, jpeg(), 0, {"caption": caption})
+    with pytest.warns(Warned, match="JSON has 'caption' empty in some samples"):
+        convert(tmp_path / "shards", tmp_path / "out", "webdataset")
+    metas = [sample.meta for sample in open_dataset(tmp_path / "out")]
+    assert metas == [{"class_index": 0}, {"class_index": 0, "caption": "a cat"}]
 
 
 @pytest.mark.filterwarnings("ignore:the samples' JSON")

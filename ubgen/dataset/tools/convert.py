@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from ubgen.core.errors import UserError
 from ubgen.core.files import Store, open_store
-from ubgen.core.stage import MANIFEST, RUN, Stage
+from ubgen.core.stage import MANIFEST, RUN, Stage, read_manifest
 from ubgen.dataset.card import CARD, CLASSES, REJECTIONS, read_classes, write_classes
 from ubgen.dataset.reader import ShardDataset, existing, open_dataset
 from ubgen.dataset.shards import ShardInfo
@@ -124,10 +124,11 @@ def convert(
 
 def open_source(store: Store, to: Format) -> Source:
     """A finished ubgen dataset by its sidecars, or any directory of tars by looking through all of them."""
+    columns = Columns(without=OWN) if to == "webdataset" else None
     if store.size(MANIFEST) is not None or store.size(RUN) is not None:
-        source = _ours(open_dataset(store))
+        source = _ours(open_dataset(store), columns)
     else:
-        source = _foreign(store, Columns(without=OWN) if to == "webdataset" else None)
+        source = _foreign(store, columns)
     if to == "webdataset" and len(source.extensions) > 1:
         raise UserError(
             f"{store} holds .jpg and .png images, but shards are of one kind; choose --to folder or parquet"
@@ -135,10 +136,16 @@ def open_source(store: Store, to: Format) -> Source:
     return source
 
 
-def _ours(dataset: ShardDataset) -> Source:
+def _ours(dataset: ShardDataset, columns: Columns | None) -> Source:
+    """The JSON is of others too where an earlier conversion took it over."""
+    if columns and read_manifest(dataset.store)["stage"] == "convert":
+        for shard in dataset.shards:
+            scan(dataset.store, shard.tar, columns)
+    else:
+        columns = None
     tars = tuple((shard.tar, shard.count) for shard in dataset.shards)
     extensions = frozenset(shard.extension for shard in dataset.shards)
-    return Source(dataset.store, tars, tuple(dataset.classes), tuple(dataset.shards), extensions)
+    return Source(dataset.store, tars, tuple(dataset.classes), tuple(dataset.shards), extensions, columns)
 
 
 def _foreign(store: Store, columns: Columns | None) -> Source:
