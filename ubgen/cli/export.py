@@ -132,6 +132,8 @@ def _table(exported: "Exported") -> Table:
 
 
 def _pipeline_lines(exported: "Exported") -> Iterator[str]:
+    from ubgen.export.parity import lowered_line
+
     for row in exported.parity:
         if row.kept_float32:
             yield f"{row.network}: in float32 {', '.join(row.kept_float32)}"
@@ -141,6 +143,8 @@ def _pipeline_lines(exported: "Exported") -> Iterator[str]:
         f"{images.within_one_level:.2%} within 1 level, "
         f"CLIP similarity |Δ| {images.clip_similarity:.1e}, quality |Δ| {images.quality:.1e}"
     )
+    if images.lowered is not None:
+        yield f"PyTorch itself in these precisions: {lowered_line(images)}"
 
 
 def main() -> None:

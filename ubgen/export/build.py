@@ -15,13 +15,13 @@ from ubgen.core.classes import load_classes
 from ubgen.core.config import to_dict
 from ubgen.core.errors import UserError
 from ubgen.core.stage import Stage
-from ubgen.diffusion import StableDiffusion, load_stable_diffusion, merge_lora
+from ubgen.diffusion import StableDiffusion, load_stable_diffusion, merge_lora, with_sampler
 from ubgen.export.compilers import compile_network
 from ubgen.export.directory import Built, EngineDirectory
 from ubgen.export.exportable import Exportable, Say
 from ubgen.export.inputs import expected_outputs, real_inputs
 from ubgen.export.keys import engine_parts, exporter, find_inputs, network_keys, require_own_directory
-from ubgen.export.mixed_precision import layers_to_keep, lower, record_calls
+from ubgen.export.mixed_precision import layers_to_keep, lower, lowered_pixels, record_calls
 from ubgen.export.networks import clip_networks, qalign_networks, stable_diffusion_networks
 from ubgen.export.parity import (
     Images,
@@ -30,6 +30,7 @@ from ubgen.export.parity import (
     check_parity,
     compare_images,
     pipeline_images,
+    scored,
     write_report,
 )
 from ubgen.export.plan import machine_problem, memory_problem, plan_networks
@@ -149,6 +150,7 @@ class _Build:
     ) -> None:
         self.spec, self.inputs, self.parts, self.directory, self.say = spec, inputs, parts, directory, say
         self._entries: dict[str, Mapping[str, Any]] = {}  # of the manifest
+        self._kept: dict[str, tuple[str, ...]] = {}  # modules in float32
         self._expected: dict[str, Tensor] = {}  # PyTorch's first output of each network, for the images
 
     def run(self, stage: Stage) -> Exported:
@@ -180,13 +182,20 @@ class _Build:
         sd = self._stable_diffusion()
         with _enough_memory("unet", "lower image_size"):
             real = self._real = real_inputs(sd, self.spec)
-        yield from stable_diffusion_networks(sd, real.input_ids, real.unet_calls, real.latents).items()
-        del sd
+        networks = stable_diffusion_networks(sd, real.input_ids, real.unet_calls, real.latents)
+        yield from networks.items()
+        self._lowered = self._lowered_pixels(networks, with_sampler(sd.scheduler, "pndm"))
+        del sd, networks
         clip = Clip.load(self.inputs["clip"])
         tokens = clip.tokenizer([f"photo of {name}" for name in real.names])
         yield from clip_networks(clip, real.pixels, tokens).items()
         del clip
         yield from qalign_networks(QAlign.load(self.inputs["qalign"]), real.pixels).items()
+
+    def _lowered_pixels(self, networks: Mapping[str, Exportable], scheduler: Any) -> Tensor | None:
+        self.say("sampling with PyTorch in the engines' precisions")
+        with _enough_memory("unet", "lower image_size"):
+            return lowered_pixels(networks, self._kept, self._real, self.spec, scheduler)
 
     def _stable_diffusion(self) -> StableDiffusion:
         sd = load_stable_diffusion(self.inputs["stable_diffusion"])
@@ -208,7 +217,7 @@ class _Build:
             row = self._check_again(candidate, built) if built and not _kept_in_vain(built, spec) else None
             if built is None or row is None or not row.passed:
                 built, row = self._compile(candidate, key, graph)
-        self._entries[name] = built.entry
+        self._entries[name], self._kept[name] = built.entry, row.kept_float32
         return row
 
     def _check_again(self, candidate: Candidate, built: Built) -> ParityRow:
@@ -240,11 +249,12 @@ class _Build:
         self.say("comparing the images of all engines together with PyTorch's")
         with _enough_memory("all networks together", "lower their batch.max"):
             ours = pipeline_images(self._pipeline, self._real)
+            low = None if self._lowered is None else scored(self._pipeline, self._real, self._lowered)
         expected = self._expected
         reference = Images.of(
             self._real.pixels, expected["clip_image"], expected["clip_text"], expected["qalign"]
         )
-        return compare_images(ours, reference, self.spec.parity), ours, reference
+        return compare_images(ours, reference, self.spec.parity, low), ours, reference
 
     def _same_bits(self) -> dict[str, Any]:
         """See `Pipeline.same_bits`."""

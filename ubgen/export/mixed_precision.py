@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ubgen.core.errors import UserError
+from ubgen.diffusion import sample_guided
 from ubgen.export.exportable import Exportable, Say
-from ubgen.export.inputs import outputs
+from ubgen.export.inputs import CHUNK, RealInputs, outputs
 from ubgen.export.parity import row_errors
-from ubgen.export.spec import NetworkSpec, Precision
+from ubgen.export.spec import EngineSpec, NetworkSpec, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -166,6 +167,39 @@ def _round_to_float8(x: Tensor, keep_dim: int | None = None) -> Tensor:
     dims = [d for d in range(x.ndim) if d != keep_dim]
     scale = (x.abs().amax(dims, keepdim=True).float() / 448).clamp(min=1e-12)
     return ((x.float() / scale).to(_FLOAT8).float() * scale).to(x.dtype)
+
+
+@torch.no_grad()
+def lowered_pixels(
+    networks: Mapping[str, Exportable],
+    kept: Mapping[str, Sequence[str]],
+    real: RealInputs,
+    spec: EngineSpec,
+    scheduler: Any,
+) -> Tensor | None:
+    """(N,H,W,3) what PyTorch makes of `real.noise` in the spec's precisions, but for the modules `kept` in float32.
+
+    None where the three networks that make an image are in float32.
+    """
+    specs = {name: getattr(spec.networks, name) for name in ("text_encoder", "unet", "vae_decoder")}
+    if all(wanted.precision == "float32" for wanted in specs.values()):
+        return None
+    low = dict[str, nn.Module]()
+    for name, wanted in specs.items():
+        module = networks[name].module
+        calls = record_calls(module, networks[name].example(wanted.batch))
+        low[name] = lower(module, wanted.precision, kept[name], calls, spec.device, emulate_float8=True)
+    embeddings = low["text_encoder"](input_ids=real.input_ids.to(spec.device))
+    shared = {"uncond": embeddings[-1:], "guidance": embeddings.new_tensor([spec.parity.guidance])}
+    pixels = list[Tensor]()
+    for noise, cond in zip(real.noise.split(CHUNK), embeddings[:-1].split(CHUNK), strict=True):
+
+        def predict(latents: Tensor, timestep: Tensor, cond: Tensor = cond) -> Tensor:
+            return low["unet"](latents=latents, timestep=timestep, cond=cond, **shared)
+
+        latents = sample_guided(predict, scheduler, noise.to(spec.device), steps=spec.parity.steps)
+        pixels.append(low["vae_decoder"](latents=latents).cpu())
+    return torch.cat(pixels)
 
 
 def layers_to_keep(

@@ -97,6 +97,11 @@ def test_layers_that_overflow_in_float16_are_left_in_float32(continued: Continue
     assert row.error <= 0.02
     assert row.kept_float32 == LAYERS
     assert result.pipeline.passed
+    assert result.pipeline.lowered is not None
+    assert (
+        40 < result.pipeline.lowered["lowest_psnr"] < 100
+    )  # PyTorch's own decoder, with the same layers in float32
+    assert "PyTorch itself in these precisions: PSNR" in (killed / "parity.md").read_text(encoding="utf-8")
     assert read_manifest(killed)["parity"][2]["kept_float32"] == list(LAYERS)
     assert LAYERS[0] in (killed / "parity.md").read_text(encoding="utf-8")
     assert float16_share(killed / "vae_decoder.onnx") > 0.7
@@ -146,6 +151,7 @@ def test_images_that_miss_fail(
     exported: Exported, family: dict[str, str], spec_file: Path, lora: Path, tmp_path: Path
 ) -> None:
     """And the report that says why is there."""
+    assert exported.pipeline.lowered is None  # all in float32
     out = tmp_path / "engine"
     shutil.copytree(exported.path, out)
     spec = load_spec(spec_file, **family)

@@ -148,6 +148,34 @@ def test_the_worst_image_is_told() -> None:
     assert row.mean_clip_similarity == pytest.approx(0.002, abs=1e-6)
 
 
+def sixteen(*levels: int, quality: float = 0.0) -> Images:
+    """Images off by so many levels, the rest equal."""
+    shifts = torch.tensor([*levels, *[0] * (16 - len(levels))])
+    pixels = (100 + shifts)[:, None, None, None].expand(16, 4, 4, 3).to(torch.uint8)
+    return Images(pixels, torch.full((16,), 0.3), torch.full((16,), 3.0 + quality))
+
+
+@pytest.mark.parametrize(
+    ("ours", "own", "miss"),
+    [
+        (sixteen(40, 40), sixteen(), ""),  # two of sixteen may part at a rounding
+        (sixteen(40, 40, 40), sixteen(), "an image has PSNR 16.1 dB; the limit is PSNR 40.0 dB"),
+        (sixteen(40, 40, 40), sixteen(40), ""),  # where PyTorch parts in one, three may
+        (sixteen(*[6] * 16), sixteen(*[5] * 16), ""),  # all of PyTorch's are beyond the bound
+        (sixteen(*[12] * 16), sixteen(*[5] * 16), "an image has PSNR 26.5 dB; the limit is PSNR 31.1 dB"),
+        (sixteen(quality=0.3), sixteen(quality=0.2), ""),
+        (sixteen(quality=0.5), sixteen(quality=0.2), "an image has quality 5.0e-01 apart; the limit is"),
+        (sixteen(quality=float("nan")), sixteen(quality=0.2), "quality nan apart"),
+    ],
+)
+def test_images_in_low_precision_are_held_against_pytorchs_own(ours: Images, own: Images, miss: str) -> None:
+    row = compare_images(ours, sixteen(), SETTINGS, own)
+    assert any(miss in line for line in row.misses) if miss else row.passed, row.misses
+    assert row.lowered is not None
+    assert row.lowered["images"] == 16
+    assert PipelineRow.from_dict(json.loads(json.dumps(row.to_dict()))).lowered == row.lowered
+
+
 def test_the_report(tmp_path: Path) -> None:
     network = Exportable(Half(), [{"x": torch.ones(2, 2)}], "y")
     row = dataclasses.replace(check(network, 1e-4), kept_float32=("mid.norm",), error_without=0.5)
