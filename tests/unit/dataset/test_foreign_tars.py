@@ -131,6 +131,7 @@ def test_hostile_members_are_refused_in_one_line(tmp_path: Path, kind: str) -> N
             convert(source, tmp_path / to, to)
         assert str(source) in str(caught.value)
         assert str(caught.value).isprintable()
+        assert not (tmp_path / to).exists() or "JSON" in kind  # found before anything is written
     assert {p.name for p in tmp_path.rglob("*") if "evil" in p.name} == set()
     assert {p.name for p in tmp_path.iterdir()} <= {"src", *FORMATS}
 

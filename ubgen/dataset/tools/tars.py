@@ -78,7 +78,10 @@ class Scanned(NamedTuple):
 
 
 def scan(store: Store, name: str, columns: Columns | None = None) -> Scanned:
-    """Look through a tar, with the checks of `read_samples`; no image is read, and JSON only for `columns`."""
+    """Look through a tar, with the checks of `read_samples`, before anything is written.
+
+    Of an image only the first bytes are read, and JSON only for `columns`.
+    """
     where = store.address(name)
     found = Scanned([], set())
     with store.open(name) as file:
@@ -99,7 +102,10 @@ def tar_names(store: Store) -> list[str]:
         )
     if tars := [name for name in names if name.lower().endswith(".tar")]:
         return tars
-    raise UserError(f"{store} holds no .tar file; expected a ubgen dataset or a directory of WebDataset tars")
+    raise UserError(
+        f"{store} holds no .tar file (directories in it are not searched); "
+        "expected a ubgen dataset or a directory of WebDataset tars"
+    )
 
 
 class _Bounded:
@@ -197,8 +203,6 @@ def _grouped(members: Iterator[_Member], where: str) -> Iterator[dict[str, _Memb
 def _sample(file: BinaryIO, members: dict[str, _Member], where: str) -> SourceSample:
     image = _image_member(file, members, where)
     data = _content(file, image, where)
-    if not data.startswith(IMAGES[image.extension]):
-        raise UserError(f"{where}: member {image.info.name[:100]!r} is not the image that its name says")
     label, meta = _label(file, members, where), _meta(file, members, where)
     return SourceSample(image.key, data, _extension(image), label, meta)
 
@@ -213,6 +217,9 @@ def _image_member(file: BinaryIO, members: dict[str, _Member], where: str) -> _M
     if len(images) != 1 or "cls" not in members or _inner_samples(members):
         key = next(iter(members.values())).key
         raise UserError(f"{where}: sample {key[:100]!r} {_wrong(file, members, where)}")
+    mark = IMAGES[images[0].extension]
+    if _read(file, images[0], len(mark)) != mark:
+        raise UserError(f"{where}: member {images[0].info.name[:100]!r} is not the image that its name says")
     return images[0]
 
 
@@ -280,12 +287,18 @@ def _finite(text: str) -> float | None:
 
 
 def _content(file: BinaryIO, member: _Member, where: str) -> bytes:
-    place = file.tell()
-    file.seek(member.info.offset_data)
-    data = file.read(member.info.size)
-    file.seek(place)
+    data = _read(file, member, member.info.size)
     if len(data) != member.info.size:
         raise UserError(f"{where} ends in the middle of member {member.info.name[:100]!r}")
+    return data
+
+
+def _read(file: BinaryIO, member: _Member, count: int) -> bytes:
+    """The first `count` bytes of a member, fewer where it is shorter."""
+    place = file.tell()
+    file.seek(member.info.offset_data)
+    data = file.read(min(count, member.info.size))
+    file.seek(place)
     return data
 
 
