@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 import tyro
 from rich.console import Console
 
+from ubgen.core.classes import load_classes
 from ubgen.core.console import progress
 from ubgen.core.errors import run
+from ubgen.core.stage import read_manifest
 from ubgen.synth import SynthConfig
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 def synth(config: SynthConfig) -> None:
     """Synthesise a dataset: N images of every class, each with its class, identity and scores."""
+    read_manifest(config.engine, "export")  # wrong names are answered before PyTorch is imported
+    load_classes(config.classes)
     from ubgen.synth.synthesise import synthesise
 
     console = Console()
