@@ -209,10 +209,12 @@ def test_a_compressed_tar_beside_others_is_not_passed_over(tmp_path: Path, name:
     with pytest.raises(UserError, match=f"{name} is compressed; unpack it"):
         convert(source, tmp_path / "out", "folder")
     (source / name).unlink()
+    (source / "a.tar.md5").write_bytes(b"")
     assert convert(source, tmp_path / "out", "folder") == (1, True)
 
 
 NAMES = [
+    "BZh",
     "全角\u3000空白",
     "no-break\u00a0space",
     "\U0001f469\u200d\U0001f680",

@@ -21,17 +21,19 @@ IMAGES = {"jpg": b"\xff\xd8\xff", "jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\
 _LARGEST = {"cls": 64, "json": 1 << 24}
 _LARGEST_IMAGE = 1 << 28  # bytes; also of the header blocks, which tarfile reads whole
 _CHUNK = 1 << 20
-_NOT_TARS = {
+_NOT_TARS = {  # by regular expressions of their first bytes
     b"\x1f\x8b": "compressed with gzip",
-    b"BZh": "compressed with bzip2",
+    b"BZh[1-9](?:1AY&SY|\x17rE8P\x90)": "compressed with bzip2",
     b"\xfd7zXZ\0": "compressed with xz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"\\x28\xb5\x2f\xfd": "compressed with zstd",
     b"\x04\x22\x4d\x18": "compressed with lz4",
     b"PK\x03\x04": "a zip archive",
     b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
     b"version https://git-lfs": "a pointer of Git LFS",
 }
-_COMPRESSED = re.compile(r".+\.(?:tar\.\w+|tgz|tbz2?|txz|tlz|tzst)", re.IGNORECASE)
+_COMPRESSED = re.compile(
+    r".+\.(?:tar\.(?:gz|bz2|xz|zstd?|lz4|lzma|z|zip|7z)|tgz|tbz2?|txz|tlz|tzst)", re.IGNORECASE
+)
 _DIRECTION = re.compile("[\u202a-\u202e\u2066-\u2069]")  # a name that shows as another one
 _LEADS_OUT = re.compile(r"[/\\]|[A-Za-z]:[/\\]|(?:.*[/\\])?\.\.(?:[/\\].*)?$", re.DOTALL)
 
@@ -122,7 +124,6 @@ class _Bounded:
 
 
 def _members(file: BinaryIO, where: str) -> Iterator[_Member]:
-    _check_start(file, where)
     try:
         # names in another encoding than UTF-8 come with surrogates in place of their bytes
         with tarfile.open(fileobj=_Bounded(file, where), mode="r:", encoding="utf-8") as tar:  # type: ignore[call-overload]
@@ -132,14 +133,15 @@ def _members(file: BinaryIO, where: str) -> Iterator[_Member]:
                     yield member
             _check_end(file, tar.offset, where)
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
-        raise UserError(f"{where} is not a readable tar ({_one_line(error)})") from None
+        found = _other_kind(file) or f"not a readable tar ({_one_line(error)})"
+        raise UserError(f"{where} is {found}; expected a plain .tar") from None
 
 
-def _check_start(file: BinaryIO, where: str) -> None:
-    start = file.read(max(map(len, _NOT_TARS)))
+def _other_kind(file: BinaryIO) -> str | None:
+    """What a file is that is not a tar, if that is easily said."""
     file.seek(0)
-    if found := next((what for mark, what in _NOT_TARS.items() if start.startswith(mark)), None):
-        raise UserError(f"{where} is {found}; expected a plain .tar")
+    start = file.read(32)
+    return next((what for mark, what in _NOT_TARS.items() if re.match(mark, start)), None)
 
 
 def _check_end(file: BinaryIO, end: int, where: str) -> None:
