@@ -186,6 +186,12 @@ def dali() -> Probe:
     return _package("nvidia.dali", "nvidia.dali", "dali")
 
 
+def require_dali() -> None:
+    """UserError that says how to get DALI, where it does not work."""
+    if not (probe := dali()).available:
+        raise UserError(f"--loader dali: {probe.detail}; {install_extra('dali')}")
+
+
 def ray() -> Probe:
     """Ray, for synthesis on several machines."""
     return _package("ray", "ray", "ray")

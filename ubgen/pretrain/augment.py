@@ -12,8 +12,9 @@ import math
 import random
 import threading
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -168,6 +169,29 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
     )
 
 
+class Draw(NamedTuple):
+    """What is random of one sample, for another engine to carry out."""
+
+    box: tuple[int, int, int, int]
+    """The crop: top, left, height, width."""
+    resized: tuple[int, int]
+    """Height and width to which it is resized; then the middle is cut out."""
+    flip: bool = False
+    operations: tuple[tuple[str, float], ...] = ()
+    """Of RandAugment: timm's names, and their first arguments (0 for those without)."""
+    erased: tuple[int, int, Tensor] | None = None
+    """Top, left, and the noise (3hw) that replaces the pixels there."""
+
+
+class _Record:
+    """In place of an image: keeps what timm's erasing would write to it."""
+
+    erased: tuple[int, int, Tensor] | None = None
+
+    def __setitem__(self, where: tuple[slice, slice, slice], noise: Tensor) -> None:
+        self.erased = where[1].start, where[2].start, noise
+
+
 # --- transforms
 
 
@@ -183,16 +207,27 @@ class TrainingTransform:
         self._erase = _erasing.RandomErasing(
             self.settings.erasing, mode="pixel", max_count=1, num_splits=0, device="cpu"
         )
-        self._augment = None
-        if self.settings.rand_augment:
-            self._augment = _operations.rand_augment_transform(
-                self.settings.rand_augment,
-                {
-                    "translate_const": int(image_size * 0.45),
-                    "img_mean": tuple(round(255 * value) for value in MEAN),
-                    "interpolation": Image.Resampling.BICUBIC,
-                },
-            )
+        self._augment, self._list = self._rand_augment(), self._rand_augment()
+        for operation in self._list.ops if self._list else ():
+            operation.aug_fn = partial(_listed, operation.name)
+
+    def _rand_augment(self) -> Any:
+        if not self.settings.rand_augment:
+            return None
+        options = {
+            "translate_const": int(self.size * 0.45),
+            "img_mean": tuple(round(255 * value) for value in MEAN),
+            "interpolation": Image.Resampling.BICUBIC,
+        }
+        try:
+            return _operations.rand_augment_transform(self.settings.rand_augment, options)
+        except (AssertionError, ValueError):
+            raise UserError(f"rand_augment: timm does not know {self.settings.rand_augment!r}") from None
+
+    @property
+    def names(self) -> list[str]:
+        """timm's names of RandAugment's operations."""
+        return [operation.name for operation in self._list.ops] if self._list is not None else []
 
     def __call__(self, data: bytes, seed: int) -> np.ndarray:
         """3HW float32. The same bytes and seed give the same pixels."""
@@ -205,6 +240,16 @@ class TrainingTransform:
         pixels = normalised(image)
         self._erase(torch.from_numpy(pixels))
         return pixels
+
+    def draw(self, size: tuple[int, int], seed: int) -> Draw:
+        """What `__call__` draws for an image of this height and width."""
+        _draws.seed(seed)
+        box = self.box(*size)
+        flip = _draws.python.random() < self.settings.flip
+        operations = self._list(()) if self._list is not None else ()
+        record = _Record()
+        self._erase._erase(record, 3, self.size, self.size, torch.float32)
+        return Draw(box, (self.size, self.size), flip, operations, record.erased)
 
     def _crop(self, data: bytes) -> Image.Image:
         size, form = (self.size, self.size), Image.Resampling.BICUBIC
@@ -236,6 +281,11 @@ class TrainingTransform:
         )
 
 
+def _listed(name: str, before: tuple[tuple[str, float], ...], *arguments: float, **_: Any) -> Any:
+    """In place of an operation on an image: the list of operations, with this one."""
+    return (*before, (name, float(arguments[0]) if arguments else 0.0))
+
+
 class EvaluationTransform:
     """timm's `transforms_imagenet_eval`: the shorter side to image_size / crop_ratio, centre crop."""
 
@@ -246,14 +296,19 @@ class EvaluationTransform:
         """3HW float32; nothing is random."""
         image = Image.fromarray(decode(data))
         width, height = image.size
-        # as torchvision rounds: the longer side is cut to whole pixels
-        if width <= height:
-            size = self.shorter, int(self.shorter * height / width)
-        else:
-            size = int(self.shorter * width / height), self.shorter
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        image = image.resize(self._resized(height, width)[::-1], Image.Resampling.BICUBIC)
         left, top = (round((side - self.size) / 2) for side in image.size)
         return normalised(image.crop((left, top, left + self.size, top + self.size)))
+
+    def draw(self, size: tuple[int, int], seed: int = 0) -> Draw:
+        """The whole image, resized."""
+        return Draw((0, 0, *size), self._resized(*size))
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """As torchvision rounds: the longer side is cut to whole pixels."""
+        if width <= height:
+            return int(self.shorter * height / width), self.shorter
+        return self.shorter, int(self.shorter * width / height)
 
 
 _SHIFT = np.array(MEAN, np.float32) * 255

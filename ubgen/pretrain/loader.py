@@ -14,6 +14,7 @@ import torch
 
 from ubgen.core.errors import UserError
 from ubgen.core.files import Store
+from ubgen.core.probes import dali
 from ubgen.pretrain.augment import (
     BrokenSample,
     EvaluationTransform,
@@ -43,12 +44,14 @@ def training_batches(
     threads: int = 0,
     start: int = 0,
     on_broken: Callable[[BrokenSample], None] | None = None,
+    device: str = "cpu",
 ) -> Generator[Batch, None, None]:
     """One rank's batches of an epoch: dicts of images (B3HW float32, normalised), labels (B int64) and keys (B texts).
 
     The order is `rank_order` of the whole dataset; the last batch may be smaller. With `augment`, each image's random
     numbers come from (seed, epoch, sample) alone, so threads, ranks and batches do not matter; without, images are
-    resized and cropped in the middle. `start` skips so many batches. `threads` 0 means one for each processor.
+    resized and cropped in the middle. `start` skips so many batches. `threads` 0 means one for each processor. DALI
+    works on `device`, and leaves the images there; the threads leave them on the host.
 
     A sample that cannot be decoded raises BrokenSample, a UserError that names it; with `on_broken` it is left out,
     its batch is smaller, and `on_broken` gets the error.
@@ -60,17 +63,22 @@ def training_batches(
     transform: Any = EvaluationTransform(image_size)
     if augment:
         transform = TrainingTransform(image_size, augmentation)
-    if resolve(loader) == "dali":
-        raise UserError("--loader dali is not available")
     seeds = partial(sample_seed, seed, epoch)
+    threads = threads or processors()
+    if resolve(loader, device) == "dali":
+        from ubgen.pretrain.dali import batches_by_dali
+
+        return batches_by_dali(data, order, transform, batch_size, seeds, threads, on_broken, device)
     return batches_by_threads(data, order, transform, batch_size, seeds, threads, on_broken)
 
 
-def resolve(loader: Loader) -> str:
-    """The loader that "auto" means on this machine."""
+def resolve(loader: Loader, device: str) -> str:
+    """The loader that "auto" means: DALI for a GPU, where it is installed, and threads for a CPU."""
     if loader not in ("auto", "threads", "dali"):
         raise UserError(f"--loader must be auto, threads or dali, not {loader!r}")
-    return "threads" if loader == "auto" else loader
+    if loader != "auto":
+        return loader
+    return "dali" if device != "cpu" and dali().available else "threads"
 
 
 def processors() -> int:

@@ -203,6 +203,7 @@ class Run:
             threads=config.threads,
             start=start,
             on_broken=self._skip if config.skip_broken else None,
+            device=str(process.device),
         )
 
     def _usable(self, batch: Batch) -> Batch:

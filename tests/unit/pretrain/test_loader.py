@@ -10,7 +10,7 @@ from PIL import Image
 
 import ubgen.pretrain
 from ubgen.core.errors import UserError
-from ubgen.pretrain import training_batches
+from ubgen.pretrain import Augmentation, training_batches
 from ubgen.pretrain.augment import BrokenSample, decode
 from ubgen.pretrain.data import open_training_set
 
@@ -82,6 +82,7 @@ def test_an_epoch_goes_on_in_the_middle(shards: Path) -> None:
         ({"image_size": 0}, "image_size"),
         ({"rank": 1}, "rank"),
         ({"loader": "fast"}, "loader"),
+        ({"augmentation": Augmentation(rand_augment="rand-x5")}, "rand_augment"),
     ],
 )
 def test_wrong_options_are_refused(shards: Path, options: dict, message: str) -> None:
