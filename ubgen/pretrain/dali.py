@@ -5,8 +5,8 @@ of ranks and of shards. Here DALI gets the encoded images through an external so
 drawn by timm's code for each sample (`TrainingTransform.draw`), and given to DALI as arguments. So nothing depends on
 the state of DALI's generators, and an epoch goes on in its middle by counting.
 
-Images that are not plain JPEGs (`image_size` is None, or the end is missing) are decoded on the host, as by threads, and
-handed on as PPM. Geometric operations of RandAugment interpolate linearly, where timm's are cubic.
+Images that are not plain JPEGs (`image_size` is None, or the end is missing) are decoded on the host, as by threads,
+and handed on as PPM. Geometric operations of RandAugment interpolate linearly, where timm's are cubic.
 """
 
 import importlib

@@ -10,12 +10,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ubgen.core.config import load_recipe
 from ubgen.core.errors import UserError
 from ubgen.core.stage import read_manifest
 from ubgen.pretrain import PretrainConfig, pretrain
@@ -221,3 +223,23 @@ def test_two_processes_train_one_network(
     assert manifest["updates"] == 9
     assert [entry["step"] for entry in metrics(tmp_path) if entry["phase"] == "eval"] == [3, 6, 9]
     timm.create_model("test_resnet", num_classes=2, checkpoint_path=str(tmp_path / WEIGHTS[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet50", "vit-s"])
+def test_the_real_recipe_at_its_real_size(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    """A few updates on 300 JPEGs: batches of 8 accumulated to 32; stopped, continued, finished, loaded by timm."""
+    root, out = tmp_path_factory.mktemp("large") / "data", tmp_path_factory.mktemp("large") / "out"
+    rng = np.random.default_rng(0)
+    for i in range(300):
+        (root / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
+        blocks = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((512, 512))
+        blocks.save(root / f"class{i % 3}" / f"{i}.jpg")
+    recipe = load_recipe(name, PretrainConfig, "pretrain")
+    short = replace(recipe, epochs=1, warmup_epochs=0, batch_size=32, micro_batch=8)
+    assert not pretrain(short, root, out, stop_after=2)
+    assert pretrain(short, root, out)
+    options = json.loads((out / "config.json").read_text())["timm"]
+    assert read_manifest(out, "pretrain")["updates"] == 9
+    for weights in WEIGHTS:
+        timm.create_model(recipe.model, **options, checkpoint_path=str(out / weights))
