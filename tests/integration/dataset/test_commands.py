@@ -237,8 +237,12 @@ def test_figures_of_a_comparison_need_a_place(jpegs: Path, tmp_path: Path, run: 
         )
 
 
-def test_wrong_inputs_are_one_line(tmp_path: Path, run: Run) -> None:
+def test_wrong_inputs_are_one_line(jpegs: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "file").write_bytes(b"")
     for arguments in (
+        ("convert", jpegs, tmp_path / "file", "--to", "folder"),
+        ("convert", jpegs, "", "--to", "folder"),
+        ("convert", "", tmp_path / "out", "--to", "folder"),
         ("verify", tmp_path / "none"),
         ("stats", tmp_path / "none"),
         ("diff", tmp_path / "none", tmp_path),

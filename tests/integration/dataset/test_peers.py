@@ -248,6 +248,7 @@ def read_by_hugging_face(
             request("shards", extension, "cls", "webdataset", data_files=str(dataset / "shard-*.tar")),
             request("card", extension, "cls", str(dataset)),
             request("parquet", "image", "label", str(place / "parquet")),
+            request("parts", "image", "label", "parquet", data_files=str(place / "parquet/train-*.parquet")),
             request("folder", "image", "label", str(place / "folder")),
             request("changing JSON", "jpg", "cls", str(changing_json)),
             *(request(name, "image", "label", str(path)) for name, path in folders.items()),
@@ -278,7 +279,7 @@ def hugging_face(place: Path, *requests: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("form", ["shards", "card", "parquet", "folder"])
+@pytest.mark.parametrize("form", ["shards", "card", "parquet", "parts", "folder"])
 def test_hugging_face(
     read_by_hugging_face: Callable[[str], dict[str, Any]], extension: str, form: str
 ) -> None:
@@ -286,7 +287,7 @@ def test_hugging_face(
     read = read_by_hugging_face(extension)[form]
     pairs = sorted(zip(read["labels"], read["means"], strict=True))
     assert pairs == sorted((position % 4, 60 * (position % 4) + position) for position in range(24))
-    if form == "parquet":
+    if form in ("parquet", "parts"):
         assert read["names"] == ["tench, Tinca tinca", "crane (n02012849)", "crane (n03126707)", "../a/b <b>"]
 
 

@@ -95,7 +95,11 @@ def convert(
     size = 1000 if shard_size is None else shard_size
     if size < 1:
         raise UserError(f"--shard-size must be at least 1, not {size}")
+    if not str(source).strip() or not str(out).strip():
+        raise UserError("DATASET and OUT must name directories, not be empty")
     read_from, write_to = existing(source), open_store(out)
+    if write_to.local_path and write_to.local_path.exists() and not write_to.local_path.is_dir():
+        raise UserError(f"OUT: {out} is not a directory")
     if write_to.url.rstrip("/") == read_from.url.rstrip("/"):
         raise UserError(f"{out} is the dataset itself; choose another output directory")
     origin = open_source(read_from, to)

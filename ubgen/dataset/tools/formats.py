@@ -159,7 +159,7 @@ class Parquet(Layout):
 ```python
 from datasets import load_dataset
 
-for sample in load_dataset(".", split="train", streaming=True):
+for sample in load_dataset("parquet", data_files="train-*.parquet", split="train", streaming=True):
     image, label = sample["image"], sample["label"]
 ```"""
 
