@@ -23,6 +23,7 @@ from ubgen.dataset import (
     open_store,
     write_classes,
 )
+from ubgen.pretrain import training_batches
 
 NAMES = ["ant", "../bee", "crane\n"]
 
@@ -174,3 +175,14 @@ def test_the_temporary_file_of_an_upload_goes(
     with pytest.raises(UserError):
         write_big(url)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_backbone_is_trained_on_the_same_batches(url: str, tmp_path: Path) -> None:
+    for place in (url, tmp_path / "local"):
+        write_dataset(place)
+        Stage(place, "synth", {}).store.write("manifest.json", '{"stage": "synth", "dataset": {"shards": 3}}')
+    there, here = (
+        list(training_batches(place, batch_size=5, image_size=16)) for place in (url, tmp_path / "local")
+    )
+    assert [batch["keys"] for batch in there] == [batch["keys"] for batch in here]
+    assert all(torch.equal(a["images"], b["images"]) for a, b in zip(there, here, strict=True))
