@@ -41,7 +41,7 @@ class _Kind:
     def is_column(self, optional: bool = True) -> bool:
         """Whether values of one type are left when empty ones of an `optional` field are left out."""
         known = self.types - _EMPTY
-        if (len(known) > 1 and known != {"integer", "float"}) or "large integer" in known:
+        if (len(known) > 1 and known != {"integer", "float"}) or known & _NO_COLUMN:
             return False
         if known and known != self.types and not optional:
             return False
