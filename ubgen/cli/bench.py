@@ -109,12 +109,60 @@ def synth(
         console.print(f"written to {out}")
 
 
+def pretrain(
+    data: str,
+    image_size: int = 224,
+    batch: int = 64,
+    batches: int = 10,
+    workers: tuple[int, ...] = (1, 2, 4),
+    rounds: int = 3,
+    gpus: int = 8,
+    step_seconds: float = 0.1,
+    out: Path | None = None,
+) -> None:
+    """Time the loaders of pre-training on the CPU: threads and DALI beside timm's create_loader, with the same recipe.
+
+    Prints images/s of each, in turns in one process, and the cores that feed --gpus GPUs at a given step.
+
+    Args:
+        data: Dataset of ubgen, or image folder.
+        image_size: Side of the network's input.
+        batch: Images of a batch.
+        batches: Batches that are timed in each round, after one that is not.
+        workers: Numbers of threads, or of timm's processes, to try.
+        rounds: How often each side runs, after one round that does not count. Medians are shown.
+        gpus: GPUs to feed.
+        step_seconds: Time in which one GPU takes a batch.
+        out: Directory for pretrain.json and pretrain.md; without it the tables are only shown.
+    """
+    from ubgen.benchmark import bench_pretrain
+
+    console = Console()
+    with console.status("starting") as status:
+        result = bench_pretrain(
+            data,
+            image_size=image_size,
+            batch=batch,
+            batches=batches,
+            workers=workers,
+            rounds=rounds,
+            gpus=gpus,
+            step_seconds=step_seconds,
+            say=status.update,
+        )
+    for table in result.tables():
+        table.show(console)
+    if out is not None:
+        result.write(out)
+        console.print(f"written to {out}")
+
+
 def main() -> None:
     """Entry point of the `ubgen-bench` command."""
     about = "Measure the speed of what ubgen runs, beside its peers, in one process."
     run(
         lambda: tyro.extras.subcommand_cli_from_dict(
-            {"engine": engine, "synth": synth}, prog="ubgen-bench", description=about
+            {"engine": engine, "synth": synth, "pretrain": pretrain}, prog="ubgen-bench", description=about
         ),
         resumes=False,
     )

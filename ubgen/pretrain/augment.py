@@ -139,7 +139,7 @@ def _private(module: str) -> ModuleType:
     return private
 
 
-def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     """Keeping no bit gives black, as Pillow did before 13, which raises."""
     if bits_to_keep >= 8:
         return image
@@ -155,7 +155,7 @@ def _noise(per_pixel: bool, rand_color: bool, patch_size: Sequence[int], dtype: 
 
 _operations = _private("timm.data.auto_augment")
 _operations.NAME_TO_OP.update(
-    {name: _posterize for name in _operations.NAME_TO_OP if name.startswith("Posterize")}
+    {name: posterize for name in _operations.NAME_TO_OP if name.startswith("Posterize")}
 )
 _erasing = _private("timm.data.random_erasing")
 _erasing._get_pixels = _noise  # type: ignore[attr-defined]

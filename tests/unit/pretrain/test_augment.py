@@ -156,7 +156,7 @@ def test_the_whole_transform_has_timms_moments(make: SimpleNamespace, draws: int
     )  # fmt: skip
     for operation in theirs.transforms[2].ops:
         if operation.name == "PosterizeIncreasing":
-            operation.aug_fn = augment._posterize  # Pillow 13 raises in timm's
+            operation.aug_fn = augment.posterize  # Pillow 13 raises in timm's
     ours, image = TrainingTransform(32), make.picture(0, 160, 128)
     data = make.encoded(image, "PNG")  # always decoded at full scale
     a = np.stack([ours(data, seed) for seed in range(draws)])
