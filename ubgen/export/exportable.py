@@ -48,12 +48,18 @@ class Exportable:
         rows = torch.export.Dim("batch", min=batch.min, max=batch.max)
         return {name: {} if name in self.constant else {0: rows} for name in self.inputs[0]}
 
-    def program(self, batch: BatchRange) -> torch.export.ExportedProgram:
-        """The network as one graph, its batch free in the range."""
+    def program(self, batch: BatchRange, rows: int | None = None) -> torch.export.ExportedProgram:
+        """The network as one graph, its batch free in the range, traced on `rows` (at least those of `example`)."""
+        example = self.example(batch)
+        if rows is not None and rows > self.count(example):
+            example = self.repeated(rows)
         with torch.no_grad():
-            return torch.export.export(
-                self.module, (), self.example(batch), dynamic_shapes=self.dynamic_shapes(batch)
-            )
+            return torch.export.export(self.module, (), example, dynamic_shapes=self.dynamic_shapes(batch))
+
+    def repeated(self, rows: int) -> dict[str, Tensor]:
+        """So many rows of the first real input, beginning again where it has fewer."""
+        index = torch.arange(rows) % self.count(self.inputs[0])
+        return {n: t if n in self.constant else t[index.to(t.device)] for n, t in self.inputs[0].items()}
 
     def input_specs(self, batch: BatchRange) -> tuple[TensorSpec, ...]:
         """As a real input shows them, with the batch free in its range."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ubgen.core.errors import UserError
 from ubgen.core.probes import modelopt
-from ubgen.export.compilers import compile_network, one_line
+from ubgen.export.compilers import aotinductor, compile_network, one_line
 from ubgen.export.compilers.float8 import calibration_rows, quantise
 from ubgen.export.compilers.onnx import cast_images, tensorrt_graph
 from ubgen.export.exportable import Exportable
@@ -96,6 +96,23 @@ def test_a_compilers_error_names_what_it_was_raised_from() -> None:
     with pytest.raises(UserError) as raised, one_line("unet", "Torch-TensorRT"):
         raise RuntimeError("Conversion of module GraphModule(\n) not supported") from TypeError(named)
     assert str(raised.value) == f"unet: Torch-TensorRT could not compile it: TypeError: {named}"
+
+
+def test_on_a_gpu_aotinductor_is_asked_for_channels_last_and_traces_the_rows_that_it_is_tuned_for(
+    picture: Exportable,
+) -> None:
+    wanted = NetworkSpec(BatchRange(1, 6, 8), 1e-3, "aotinductor")
+    assert aotinductor.settings(wanted, "cuda") == {
+        **aotinductor.settings(wanted, "cpu"),
+        "force_layout_optimization": True,
+    }
+    for rows, traced in ((None, 2), (6, 6)):
+        program = picture.program(wanted.batch, rows)
+        nodes = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+        assert nodes["pixels"].shape[0].node.hint == traced
+        assert nodes["scale"].shape[0] == 1
+        other = picture.repeated(7)
+        assert torch.equal(program.module()(**other), picture.reference(other))
 
 
 def test_too_little_memory_is_no_compilers_error() -> None:

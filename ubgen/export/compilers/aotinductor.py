@@ -38,9 +38,10 @@ def compile_network(network: Exportable, spec: NetworkSpec, file: Path, device: 
     ):
         written = Path(scratch, file.name)
         torch._inductor.aoti_compile_and_package(
-            network.program(spec.batch),
+            # kernels are timed, and laid out, for as many rows as the trace has
+            network.program(spec.batch, None if device == "cpu" else spec.batch.best),
             package_path=str(written),
-            inductor_configs={**settings(spec), "aot_inductor.metadata": metadata},
+            inductor_configs={**settings(spec, device), "aot_inductor.metadata": metadata},
         )
         shutil.move(written, file)
     return [file]
@@ -74,7 +75,7 @@ def _temporary_files_in(directory: str) -> Iterator[None]:
             os.environ["TMPDIR"] = before
 
 
-def settings(spec: NetworkSpec) -> dict[str, Any]:
+def settings(spec: NetworkSpec, device: str) -> dict[str, Any]:
     """Inductor's configuration for one network."""
     chosen = {
         # or the package would always use as many threads as the machine that compiled it
@@ -84,5 +85,8 @@ def settings(spec: NetworkSpec) -> dict[str, Any]:
         "freezing": spec.options.freeze,
         "max_autotune": spec.options.max_autotune,
     }
+    if device != "cpu":
+        # channels-last convolutions: by itself Inductor has them where the batch is a number alone
+        chosen["force_layout_optimization"] = True
     known = torch._inductor.config.get_config_copy()
     return {name: value for name, value in chosen.items() if name in known}  # torch 2.11 lacks some
