@@ -162,7 +162,7 @@ def _attention(place: Place, dtype: Any, width: int, masked: bool, split: bool) 
     from ubgen.core import probes
     from ubgen.export.compilers.onnx import SPLIT, tensorrt_graph
     from ubgen.export.exportable import Exportable
-    from ubgen.export.spec import BatchRange, NetworkSpec
+    from ubgen.export.spec import BatchRange, NetworkSpec, Options
 
     class Attention(nn.Module):
         def forward(self, pixels: Tensor) -> Tensor:
@@ -173,7 +173,8 @@ def _attention(place: Place, dtype: Any, width: int, masked: bool, split: bool) 
 
     pixels = torch.randint(0, 256, (2, 128, 2 * width), dtype=torch.uint8)
     network = Exportable(Attention().eval(), [{"pixels": pixels}], "out")
-    spec = NetworkSpec(BatchRange(1, 2, 4), 1e-2, "tensorrt", "float16", opset=23)
+    graphs = Options(cuda_graphs=True)
+    spec = NetworkSpec(BatchRange(1, 2, 4), 1e-2, "tensorrt", "float16", opset=23, options=graphs)
     with tempfile.TemporaryDirectory() as scratch, tensorrt_graph(network, spec, Path(scratch, "a")) as graph:
         model = onnx.load(graph)
         nodes = [node for node in model.graph.node if node.op_type == "Attention"]
@@ -299,7 +300,8 @@ def _compiled(place: Place, variant: str, network: Any) -> Any:
     else:
         file = compile_network(network, spec, path, place.device, lambda line: None)[0]
     options = to_dict(spec.options)
-    return backend(compiler).load("unet", file, network.signature(spec.batch), place.device, 1, options)
+    signature = network.signature(spec.batch, network.inputs[0]["latents"])  # the noise is like them
+    return backend(compiler).load("unet", file, signature, place.device, 1, options)
 
 
 def prepare(place: Place) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ def bench_synth(
 ) -> SynthBench:
     """Make `images` (default: 8 batches) with the engine, `rounds` times, in turns with its peers in one process.
 
-    "bare" is the same loop with nothing around it: denoise and decode, results thrown away. "diffusers" is
+    "bare" is the same loop with nothing around it, results thrown away: once denoise and decode, once with the scorers
+    as well, which is what ubgen-synth computes. "diffusers" is
     StableDiffusionPipeline on the same weights, scheduler, steps, guidance and batch, in the UNet's precision; left
     out with a note where the weights are gone. No side's time includes opening the engine and encoding the prompts.
     """
@@ -140,6 +142,7 @@ def bench_synth(
         sides: dict[str, Callable[[], float]] = {OURS: lambda: work.synthesise(result)}
         if "bare" in against:
             sides["bare loop"] = work.bare
+            sides["bare loop, scored"] = partial(work.bare, scored=True)
         if "diffusers" in against:
             if reason := missing_weights(engines):
                 result.notes.append(f"Not compared with diffusers: {reason}.")
@@ -226,16 +229,19 @@ class _Work:
                 mine[name] = mine.get(name, 0.0) + value
         return self.plan.images / speed["worker_seconds"]
 
-    def bare(self) -> float:
+    def bare(self, scored: bool = False) -> float:
         """As many batches at a time as in ubgen-synth."""
         start = time.perf_counter()
         with ThreadPoolExecutor(self.generator.concurrency) as pool:
-            list(pool.map(self._one, self._batches()))
+            list(pool.map(partial(self._one, scored=scored), self._batches()))
         return self._rate(start)
 
     @torch.inference_mode()
-    def _one(self, items: list[Item]) -> None:
-        self.generator.decode(self.generator.denoise(items))
+    def _one(self, items: list[Item], scored: bool) -> None:
+        latents = self.generator.denoise(items)
+        pixels = self.generator.decode(latents)
+        if scored:
+            self.generator.score(items, latents, pixels)
 
     def open_pipeline(self, engines: EngineSet) -> None:
         self._pipeline = load_peers(engines).pipeline

@@ -69,8 +69,9 @@ def synth(
 ) -> None:
     """Time synthesis from noise to scored images on disk, and project how long a whole dataset takes.
 
-    Prints images/s beside the bare loop of the same engines (denoise and decode, results thrown away) and diffusers'
-    StableDiffusionPipeline, in turns in one process; then the time by stage, and the hours for --dataset images.
+    Prints images/s beside the bare loop of the same engines (denoise and decode, results thrown away; once more with
+    the scorers) and diffusers' StableDiffusionPipeline, in turns in one process; then the time by stage, and the hours
+    for --dataset images.
 
     Args:
         engine: Directory made by ubgen-export.

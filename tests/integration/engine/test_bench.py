@@ -125,6 +125,7 @@ def test_synthesis_is_timed_beside_its_peers(exported: Exported, tmp_path: Path)
     assert {name: len(rates) for name, rates in result.rates.items()} == {
         "ubgen-synth": 2,
         "bare loop": 2,
+        "bare loop, scored": 2,
         "diffusers": 2,
     }
     assert set(result.busy) == {"denoise", "decode", "score", "select", "encode", "write"}
