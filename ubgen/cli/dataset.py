@@ -30,6 +30,7 @@ def convert(
     out: tyro.conf.Positional[str],
     to: conversion.Format,
     shard_size: int | None = None,
+    short_side: int | None = None,
 ) -> None:
     """Write a dataset as image folders, Parquet or new WebDataset shards. Run again, it continues where it stopped.
 
@@ -38,9 +39,10 @@ def convert(
         out: Directory or URL to write to; empty, or with this conversion, begun or finished.
         to: "folder" (CLASS/KEY.jpg), "parquet" (Hugging Face) or "webdataset" (tars with DALI index).
         shard_size: Images in each part of the output; 1000 if not given.
+        short_side: Scale images down to this shorter side, for quicker reading in training; smaller ones stay.
     """
     with _bar("converting", "images") as report:
-        images, made = conversion.convert(dataset, out, to, shard_size, report)
+        images, made = conversion.convert(dataset, out, to, shard_size, report, short_side)
     print(
         f"{images} images in {out}" if made else f"{out} is finished, with {images} images; nothing was done"
     )

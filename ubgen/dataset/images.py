@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps
 
 JPEG_QUALITY = 95
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -35,17 +35,37 @@ def encode_image(image: Image.Image | np.ndarray, extension: str) -> bytes:
 
     `image` may be an array (H,W,3) of uint8.
     """
+    return mark_synthetic(_encoded(image, extension))
+
+
+def shrink(data: bytes, extension: str, short_side: int) -> bytes:
+    """An encoded image scaled down (bicubic, antialiased) to this shorter side; as it is where it is no larger.
+
+    The statement that it is synthetic is kept where it was; other metadata is not. OSError for what is no whole image.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        if min(image.size) <= short_side:
+            return data
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    scale = short_side / min(upright.size)
+    small = upright.resize(
+        (round(upright.width * scale), round(upright.height * scale)), Image.Resampling.BICUBIC
+    )
+    encoded = _encoded(small, extension)
+    return mark_synthetic(encoded) if is_marked_synthetic(data) else encoded
+
+
+def _encoded(image: Image.Image | np.ndarray, extension: str) -> bytes:
     if extension == "png":
         picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
         buffer = io.BytesIO()
         picture.save(buffer, "PNG", compress_level=6)
-        return mark_synthetic(buffer.getvalue())
+        return buffer.getvalue()
     pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
     # not Pillow, which holds Python's lock while it encodes: more threads would be no faster, and others would wait
-    data = simplejpeg.encode_jpeg(
+    return simplejpeg.encode_jpeg(
         np.ascontiguousarray(pixels), JPEG_QUALITY, colorspace="RGB", colorsubsampling="444", fastdct=False
     )
-    return mark_synthetic(data)
 
 
 def mark_synthetic(data: bytes) -> bytes:

@@ -232,25 +232,32 @@ def _folders(store: Store) -> TrainingSet:
     root = store.local_path
     if not root.is_dir():
         raise UserError(f"{root}: no such directory")
-    ids = sorted(
+    names = sorted(
         entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
     )
-    if not ids:
+    if not names:
         raise UserError(f"{root} is not a dataset: it holds no tar and no directory of images")
     labels, parts = [], []
-    for label, name in enumerate(ids):
+    for label, name in enumerate(names):
         files = sorted(_images_below(str(root / name), name))
         labels.append(np.full(len(files), label, np.int32))
         parts.append(Strings(files))
     return TrainingSet(
         store,
         "folders",
-        tuple(ids),
+        tuple(_ids_of_folders(store, names)),
         np.concatenate(labels),
         Strings.joined(parts),
         (),
         np.empty((0, 3), np.int64),
     )
+
+
+def _ids_of_folders(store: Store, names: Sequence[str]) -> Sequence[str]:
+    """The names; in a conversion of a ubgen dataset, which may have renamed classes, the ids of its classes.json."""
+    if store.size(CLASSES) is None or len(entries := read_classes(store)) != len(names):
+        return names
+    return [entry["id"] for entry in entries]
 
 
 def _images_below(directory: str, prefix: str) -> Iterator[str]:

@@ -4,14 +4,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from ubgen.core.errors import UserError
 from ubgen.core.locks import hold
-from ubgen.dataset import open_dataset, open_store
+from ubgen.dataset import is_marked_synthetic, open_dataset, open_store
 from ubgen.dataset.tools.convert import Format, convert
 from ubgen.dataset.tools.formats import directory_names, unique_names
 from ubgen.dataset.tools.verify import verify
@@ -218,3 +220,27 @@ def test_ids_that_sort_well_stay_as_they_are() -> None:
 def test_label_names_differ(names: list[str]) -> None:
     classes = [{"name": name, "id": str(i % 2)} for i, name in enumerate(names)]
     assert len(set(unique_names(classes))) == len(names)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png"])
+def test_a_smaller_copy_keeps_all_but_the_size(tmp_path: Path, make: Make, extension: str) -> None:
+    def wide(position: int, sample: dict) -> None:
+        sample["image"] = sample["image"].resize((64, 40) if position else (10, 8))
+
+    source = make(tmp_path / "d", extension=extension, change=wide)
+    convert(source, tmp_path / "out", "webdataset", short_side=20)
+    assert verify(tmp_path / "out").problems == []
+    before, after = open_dataset(source), open_dataset(tmp_path / "out")
+    assert [s.image.size for s in after] == [(10, 8), *[(32, 20)] * 11]
+    assert [s.label for s in after] == [s.label for s in before]
+    assert [s.meta for s in after] == [s.meta for s in before]
+    assert [e.scores for e in after.entries()] == [e.scores for e in before.entries()]
+    assert after.encoded(0) == before.encoded(0)
+    assert all(is_marked_synthetic(after.encoded(i)[0]) for i in range(12))
+    for small, large in zip(list(after)[1:], list(before)[1:], strict=True):
+        expected = np.asarray(large.image.resize((32, 20), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(np.asarray(small.image) - expected).mean() < 2
+    with pytest.raises(UserError, match="another configuration"):
+        convert(source, tmp_path / "out", "webdataset", short_side=21)
+    with pytest.raises(UserError, match="--short-side"):
+        convert(source, tmp_path / "other", "webdataset", short_side=0)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
 from ubgen.core.errors import UserError
+from ubgen.dataset.tools.convert import convert
 from ubgen.pretrain.data import epoch_order, matched, open_training_set, rank_order, require_class_count
 
 
@@ -237,3 +238,13 @@ def test_a_dataset_of_imagenet_size_opens_quickly(make: SimpleNamespace, tmp_pat
     assert len(order) == 1_300_000
     held = data.labels.nbytes + data.places.nbytes + data.keys.nbytes + order.nbytes
     assert held < 200e6
+
+
+def test_a_conversion_to_folders_keeps_the_class_ids(make: SimpleNamespace, tmp_path: Path) -> None:
+    root = make.shards(tmp_path / "shards", [24], classes=12)  # c10 sorts before c2, so folders get numbers
+    convert(root, tmp_path / "folders", "folder")
+    assert not (tmp_path / "folders" / "c10").exists()
+    training = open_training_set(root)
+    validation = matched(open_training_set(tmp_path / "folders"), training)
+    assert validation.kind == "folders"
+    assert validation.labels.tolist() == sorted(training.labels.tolist())

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, first_line
 from ubgen.core.files import Store, open_store
 from ubgen.core.stage import MANIFEST, RUN, Stage, read_manifest
 from ubgen.dataset.card import CARD, CLASSES, REJECTIONS, read_classes, write_classes
+from ubgen.dataset.images import shrink
 from ubgen.dataset.reader import ShardDataset, existing, open_dataset
 from ubgen.dataset.shards import ShardInfo
 from ubgen.dataset.tools.columns import Columns
@@ -85,16 +86,20 @@ def convert(
     to: Format,
     shard_size: int | None = None,
     progress: Progress = lambda done, total: None,
+    short_side: int | None = None,
 ) -> Converted:
     """Write `source` to `out`, a directory or URL that is made, or continued where an earlier call stopped.
 
-    A part of the output holds `shard_size` images (default 1000). `progress` is called with images done and their
+    A part of the output holds `shard_size` images (default 1000). Images whose shorter side is above `short_side` are
+    scaled down to it. `progress` is called with images done and their
     total. UserError for a source that is unfinished, damaged or hostile (see `read_samples`), and for an `out` that
     holds anything but this conversion.
     """
     size = 1000 if shard_size is None else shard_size
     if size < 1:
         raise UserError(f"--shard-size must be at least 1, not {size}")
+    if short_side is not None and short_side < 1:
+        raise UserError(f"--short-side must be at least 1, not {short_side}")
     if not str(source).strip() or not str(out).strip():
         raise UserError("DATASET and OUT must name directories, not be empty")
     read_from, write_to = existing(source), open_store(out)
@@ -104,6 +109,8 @@ def convert(
         raise UserError(f"{out} is the dataset itself; choose another output directory")
     origin = open_source(read_from, to)
     conversion = {"source": read_from.url, "to": to, "shard_size": size}
+    if short_side is not None:
+        conversion["short_side"] = short_side
     stage = Stage(
         write_to,
         "convert",
@@ -119,7 +126,7 @@ def convert(
             origin.columns.tell()
         _copy_about(origin, write_to)
         made = layout(to, write_to, origin.classes, -(-origin.images // size))
-        _make_parts(origin, made, size, progress)
+        _make_parts(origin, made, size, progress, short_side)
         made.finish(_text(read_from, CARD), origin.images)
         counts = {"images": origin.images, "shards": made.parts, "classes": len(origin.classes)}
         stage.finish({}, dataset=counts)
@@ -195,13 +202,23 @@ def _copy_about(source: Source, out: Store) -> None:
         out.write(REJECTIONS, ledger)
 
 
-def _make_parts(source: Source, made: Layout, size: int, progress: Progress) -> None:
+def _make_parts(source: Source, made: Layout, size: int, progress: Progress, short_side: int | None) -> None:
     progress(0, source.images)
     for number in range(made.parts):
         start, stop = number * size, min((number + 1) * size, source.images)
         if not made.is_whole(number):
-            made.write(number, _reported(source.samples(start, stop), progress, source.images))
+            samples = source.samples(start, stop)
+            if short_side is not None:
+                samples = (_shrunk(sample, short_side) for sample in samples)
+            made.write(number, _reported(samples, progress, source.images))
         progress(stop, source.images)
+
+
+def _shrunk(sample: SourceSample, short_side: int) -> SourceSample:
+    try:
+        return replace(sample, image=shrink(sample.image, sample.extension, short_side))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"sample {sample.key!r} cannot be decoded ({first_line(error)})") from None
 
 
 def _reported(samples: Iterator[SourceSample], progress: Progress, total: int) -> Iterator[SourceSample]:
