@@ -416,8 +416,38 @@ def synthesis(place: Place) -> None:
 
 
 def training(place: Place) -> None:
-    """A few updates in float16 and bfloat16 on tiny networks."""
-    run_tests(place, "training", "tests/integration/train/test_train_gpu.py", "-k", "half_precision and sdpa")
+    """One update in float16 and one in bfloat16: the miniature's, with Q-Align at its full width and two layers."""
+    from ubgen.core.config import resolve_path
+    from ubgen.rewards import QAlign
+
+    with tempfile.TemporaryDirectory() as scratch:
+        qalign = resolve_path("ubgen:miniature/weights/qalign")
+        if not place.small:
+            config = json.loads((ROOT / "bench/qalign-7b.json").read_text()) | {"num_hidden_layers": 2}
+            qalign = Path(scratch, "qalign")
+            QAlign.from_config(config).half().save(qalign)
+        for precision in ("bf16",) if place.small else ("fp16", "bf16"):
+            case, out = {"precision": precision}, Path(scratch, precision)
+            attempt(place, "training", case, partial(update, qalign, precision, out, place.small))
+
+
+def update(qalign: Path, precision: str, out: Path, small: bool) -> Mapping[str, Any]:
+    """What the log says of the first update of the generator."""
+    options: dict[str, Any] = {
+        "--precision": precision,
+        "--networks.qalign": qalign,
+        "--out": out,
+        "--stop-after": 2,
+    }
+    options["--discriminator.warmup-updates"] = 1
+    if small:
+        options |= {"--device": "cpu", "--batch-size": 2, "--rollout.steps": 2, "--rollout.grad-steps": 1}
+    words = [str(word) for option in options.items() for word in option]
+    command = [sys.executable, "-m", "ubgen.cli.train", *words]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise RuntimeError(answer.stderr.strip()[-300:])
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
 
 
 UNETS = ("eager", "graph", "tensorrt-23", "tensorrt-20", "aotinductor", "aotinductor-nchw")

@@ -34,7 +34,7 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 def test_the_parts_write_what_they_find(script: Any, tmp_path: Path) -> None:
     place = script.Place(tmp_path, "cpu", small=True)
-    for name in ("machine", "kernels", "tensorrt", "unet-eager", "qalign", "synthesis", "training"):
+    for name in ("machine", "kernels", "tensorrt", "unet-eager", "qalign", "synthesis"):
         script.PARTS[name][1](place)
     lines = results(tmp_path)
     found = {
@@ -49,7 +49,14 @@ def test_the_parts_write_what_they_find(script: Any, tmp_path: Path) -> None:
     assert compared["error"] < 1e-5
     assert [line["variant"] for line in found["qalign"]] == ["whole", "folded"]
     assert found["decoder"][0]["ms"] > 0
-    assert found["synthesis"][0]["skipped"] == found["training"][0]["skipped"] == "no GPU"
+    assert found["synthesis"][0]["skipped"] == "no GPU"
+
+
+@pytest.mark.slow
+def test_an_update_of_the_generator_is_logged(script: Any, tmp_path: Path) -> None:
+    script.training(script.Place(tmp_path, "cpu", small=True))
+    (row,) = results(tmp_path)
+    assert (row["precision"], row["phase"], row["step"]) == ("bf16", "train", 2), row
 
 
 def test_a_late_part_is_cut_with_what_it_started_and_the_rest_goes_on(script: Any, tmp_path: Path) -> None:
