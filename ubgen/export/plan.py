@@ -182,7 +182,8 @@ def keeps_scores(spec: NetworkSpec, query: Tensor, masked: bool) -> bool:
     """Whether the compiler may have no fused kernel for an attention, so that all its scores are in memory at once.
 
     PyTorch's own kernels, which AOTInductor calls, never do. ONNX Runtime needs opset 23 and, as our graphs use it, an
-    attention without a mask in a type that its kernel takes. TensorRT fuses half precision up to a width of 256.
+    attention without a mask in a type that its kernel takes. TensorRT fuses half precision up to a width of 256; below
+    opset 23 it is taken to find the attention among the products by itself.
     """
     if spec.compiler == "aotinductor":
         return False
