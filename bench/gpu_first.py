@@ -382,10 +382,9 @@ def scorer_and_decoder(place: Place) -> None:
         if place.small:
             qalign = QAlign.load(resolve_path("ubgen:miniature/weights/qalign"))
         else:
-            torch.set_default_dtype(torch.float16)
-            with torch.device(place.device):
+            with torch.device(place.device):  # 32 GB, and half of them soon
                 qalign = QAlign(json.loads((ROOT / "bench/qalign-7b.json").read_text())).eval()
-            torch.set_default_dtype(torch.float32)
+            qalign = qalign.to(place.device, torch.float16)  # its constants were on the CPU
         images, folded = pixels.permute(0, 3, 1, 2).float() / 255, QAlignScorer(qalign).eval()
         for name, call in {"whole": partial(qalign.score, images), "folded": partial(folded, pixels)}.items():
             with peak_memory(place.device) as peak:
