@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather
 from rich.console import Console
 from torch import nn
 
@@ -142,6 +142,12 @@ class Run:
         """Go on from the checkpoint, if there is one."""
         if (path := self.out / CHECKPOINT).exists():
             self.done = restore_checkpoint(path, self.state)
+        everywhere = gather(torch.tensor([self.done], device=self.process.device)).tolist()
+        if len(set(everywhere)) > 1:
+            raise UserError(
+                f"--out {self.out}: the processes found checkpoints of different updates ({everywhere}); "
+                "it must be one directory that all of them share"
+            )
         if (path := self.out / SKIPPED).exists():
             self.skipped = set(path.read_text(encoding="utf-8").splitlines())
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from ubgen.core.config import load_recipe
 from ubgen.core.errors import UserError
+from ubgen.core.probes import dali
 from ubgen.core.stage import read_manifest
 from ubgen.pretrain import PretrainConfig, pretrain
 from ubgen.pretrain.loop import memory_errors
@@ -124,9 +125,17 @@ def test_other_processes_are_refused(images: Path, tmp_path: Path, config: Pretr
         pretrain(config, images, tmp_path)
 
 
-def test_a_vision_transformer_of_another_size(images: Path, tmp_path: Path, config: PretrainConfig) -> None:
-    vit = replace(config, model="test_vit", patch_size=8, epochs=2, precision="bf16", channels_last=False)
+@pytest.mark.parametrize(("precision", "loader"), [("bf16", "threads"), ("fp16", "dali")])
+def test_a_vision_transformer_in_half_precision(
+    images: Path, tmp_path: Path, config: PretrainConfig, precision: str, loader: str
+) -> None:
+    if loader == "dali" and not dali().available:
+        pytest.skip(dali().detail)
+    vit = replace(config, model="test_vit", patch_size=8, epochs=2, precision=precision, loader=loader)
+    assert not pretrain(vit, images, tmp_path, stop_after=4)
     assert pretrain(vit, images, tmp_path)
+    assert pretrain(vit, images, tmp_path.with_name("whole-" + precision))
+    assert same_weights(tmp_path, tmp_path.with_name("whole-" + precision))
     options = json.loads((tmp_path / "config.json").read_text())["timm"]
     assert options == {"num_classes": 2, "img_size": 32, "patch_size": 8}
     timm.create_model("test_vit", **options, checkpoint_path=str(tmp_path / WEIGHTS[0]))
