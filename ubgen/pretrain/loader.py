@@ -65,6 +65,8 @@ def training_batches(
         transform = TrainingTransform(image_size, augmentation)
     seeds = partial(sample_seed, seed, epoch)
     threads = threads or processors()
+    if torch.device(device).type == "cpu":
+        device = "cpu"  # of several processes it may be "cpu:0"
     if resolve(loader, device) == "dali":
         from ubgen.pretrain.dali import batches_by_dali
 

@@ -13,6 +13,7 @@ from ubgen.core.errors import UserError
 from ubgen.pretrain import Augmentation, training_batches
 from ubgen.pretrain.augment import BrokenSample, decode
 from ubgen.pretrain.data import open_training_set
+from ubgen.pretrain.loader import resolve
 
 
 def all_keys(batches: list[dict]) -> list[str]:
@@ -168,3 +169,9 @@ def test_the_loader_stops_when_it_is_left(shards: Path) -> None:
     next(batches)
     batches.close()
     assert list(batches) == []
+
+
+def test_the_processor_of_several_processes_is_a_processor(shards: Path) -> None:
+    (first, *_) = training_batches(shards, batch_size=4, image_size=16, device="cpu:0")
+    assert first["images"].device.type == "cpu"
+    assert resolve("auto", "cpu") == "threads"
