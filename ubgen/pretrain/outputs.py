@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,14 @@ def save_curve(path: Path, lines: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.add_subplot()
-    axis.plot(
-        [line["epoch"] for line in train], [line["loss"] for line in train], color="tab:grey", label="loss"
-    )
+    axis.plot([line["epoch"] for line in train], [line["loss"] for line in train], color="tab:grey")
     axis.set(xlabel="epoch", ylabel="training loss (mixed targets)")
     if measured:
         right = axis.twinx()
         for name, label in (("top1", "raw"), ("ema_top1", "EMA")):
             right.plot([m["epoch"] for m in measured], [m[name] for m in measured], marker="o", label=label)
         right.set(ylabel="validation top-1 (%)", ylim=(0, 100))
-        right.legend(loc="center right")
+        figure.legend(loc="outside upper right", ncols=2)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     atomic_write(path, buffer.getvalue())
@@ -81,11 +80,7 @@ def card(
         f'model = timm.create_model("{config.model}"{arguments}, checkpoint_path="{file}")  # {kind}'
         for kind, file in WEIGHTS.items()
     )
-    steps = "".join(
-        f"| {name} | {escape(value)} |\n"
-        for name, value in to_dict(config).items()
-        if not isinstance(value, dict) and value is not None
-    )
+    steps = "".join(f"| {name} | {escape(value)} |\n" for name, value in _flat(to_dict(config)))
     left_out = f" {skipped} images could not be decoded and were left out." if skipped else ""
     return f"""---
 library_name: timm
@@ -119,6 +114,15 @@ Inputs are RGB, {config.image_size}x{config.image_size}, normalised with ImageNe
 None is stated here. The licence of the dataset, and of the generator that made it, may restrict how
 the weights are used.
 """
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every option that is set, those of tables by their full names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield prefix + name, value
 
 
 def _figures(lines: list[dict[str, Any]]) -> str:

@@ -61,6 +61,7 @@ def test_a_run_leaves_what_the_next_stage_and_people_need(finished: Path, images
     card = (finished / "README.md").read_text()
     assert "26 images of\n2 classes" in card
     assert "top-1" in card
+    assert "| augmentation.erasing | 0.25 |" in card
     lines = metrics(finished)
     assert [line["epoch"] for line in lines if line["phase"] == "eval"] == [1, 2, 3]
     assert [line["step"] for line in lines if line["phase"] == "train"] == [3, 6, 9]
