@@ -1,12 +1,16 @@
 """ubgen-bench: the speed of what ubgen runs, beside its peers."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.console import Console
 
 from ubgen.core.errors import run
+
+if TYPE_CHECKING:
+    from ubgen.benchmark.table import Table
 
 
 def engine(
@@ -48,9 +52,16 @@ def engine(
             guidance=guidance,
             say=status.update,
         )
-    result.table().show(console)
+    _present(console, [result.table()], result.write, out)
+
+
+def _present(
+    console: Console, tables: "Sequence[Table]", write: Callable[[Path], object], out: Path | None
+) -> None:
+    for table in tables:
+        table.show(console)
     if out is not None:
-        result.write(out)
+        write(out)
         console.print(f"written to {out}")
 
 
@@ -103,11 +114,7 @@ def synth(
             gpus=gpus,
             say=status.update,
         )
-    for table in result.tables():
-        table.show(console)
-    if out is not None:
-        result.write(out)
-        console.print(f"written to {out}")
+    _present(console, result.tables(), result.write, out)
 
 
 def pretrain(
@@ -151,11 +158,7 @@ def pretrain(
             step_seconds=step_seconds,
             say=status.update,
         )
-    for table in result.tables():
-        table.show(console)
-    if out is not None:
-        result.write(out)
-        console.print(f"written to {out}")
+    _present(console, result.tables(), result.write, out)
 
 
 def main() -> None:
