@@ -15,9 +15,9 @@ from ubgen.benchmark.table import Table, number, write_result
 from ubgen.core.errors import UserError
 from ubgen.core.probes import dali
 from ubgen.dataset import LabelledImages
+from ubgen.loading.augment import posterize
+from ubgen.loading.imageset import ImageSet, open_image_set
 from ubgen.pretrain import Augmentation, training_batches
-from ubgen.pretrain.augment import posterize
-from ubgen.pretrain.data import TrainingSet, open_training_set
 
 Say = Callable[[str], None]
 OURS, DALI, TIMM = "threads", "DALI", "timm create_loader"
@@ -87,7 +87,7 @@ def bench_pretrain(
     say: Say = lambda line: None,
 ) -> LoaderBench:
     """Every side and number of workers in turn, `rounds` times after one that does not count."""
-    training = open_training_set(data)
+    training = open_image_set(data)
     if len(training) < 2 * batch:
         raise UserError(
             f"{training.store} has {len(training)} images; at least two batches of {batch} are needed"
@@ -132,7 +132,7 @@ def _rate(sizes: Iterable[int], batches: int) -> float:
 
 
 def _ours(
-    training: TrainingSet, loader: Any, image_size: int, batch: int, count: int, epoch: int
+    training: ImageSet, loader: Any, image_size: int, batch: int, count: int, epoch: int
 ) -> Iterable[int]:
     options = {"batch_size": batch, "image_size": image_size, "threads": count, "loader": loader}
     while True:  # a small dataset is shown again
@@ -140,7 +140,7 @@ def _ours(
             yield len(loaded["labels"])
 
 
-def _timm(training: TrainingSet, image_size: int, batch: int, count: int) -> Iterable[int]:
+def _timm(training: ImageSet, image_size: int, batch: int, count: int) -> Iterable[int]:
     from timm.data import create_loader
 
     recipe = Augmentation()
@@ -168,7 +168,7 @@ def _timm(training: TrainingSet, image_size: int, batch: int, count: int) -> Ite
             yield len(images)
 
 
-def _dataset(training: TrainingSet) -> Any:
+def _dataset(training: ImageSet) -> Any:
     if training.kind == "shards":
         return LabelledImages(training.store)
     if training.kind == "folders":

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from ubgen.core.errors import UserError
 from ubgen.core.files import open_store
-from ubgen.pretrain.config import Augmentation, PretrainConfig, validate
+from ubgen.loading.settings import Augmentation
+from ubgen.pretrain.config import PretrainConfig, validate
 
 if TYPE_CHECKING:
-    from ubgen.pretrain.loader import training_batches as training_batches
+    from ubgen.loading.loader import training_batches as training_batches
 
 __all__ = ["Augmentation", "PretrainConfig", "pretrain", "training_batches"]
 
@@ -17,7 +18,7 @@ def __getattr__(name: str) -> Any:
     """`training_batches` brings PyTorch, for which `--help` need not wait."""
     if name != "training_batches":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ubgen.pretrain.loader import training_batches
+    from ubgen.loading.loader import training_batches
 
     return training_batches
 

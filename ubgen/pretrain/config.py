@@ -8,26 +8,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ubgen.core.errors import UserError
+from ubgen.loading.settings import CROP_RATIO, Augmentation, Loader
 
-CROP_RATIO = 224 / 256
 SHORT_RUN = 50_000  # updates; below, an EMA of 0.9999 without a warm-up still holds the random start
-Loader = Literal["auto", "threads", "dali"]
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What happens to a training image; the defaults are the paper's (Table 6)."""
-
-    crop_area: tuple[float, float] = (0.08, 1.0)
-    """Area of the random crop, as a share of the image."""
-    crop_aspect: tuple[float, float] = (0.75, 4 / 3)
-    """Its aspect ratio."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    rand_augment: str = "rand-m9-mstd0.5-inc1"
-    """timm's name for RandAugment's setting; "" for none."""
-    erasing: float = 0.25
-    """Probability of erasing a rectangle with pixel noise."""
 
 
 @dataclass(frozen=True)

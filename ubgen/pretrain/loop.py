@@ -20,10 +20,10 @@ from ubgen.core.console import progress
 from ubgen.core.errors import UserError, first_line
 from ubgen.core.metrics import METRICS_FILE, TENSORBOARD, MetricsLog
 from ubgen.core.stage import Stage
-from ubgen.pretrain.augment import BrokenSample, EvaluationTransform
+from ubgen.loading.decode import BrokenSample, EvaluationTransform
+from ubgen.loading.imageset import ImageSet, matched, open_image_set, require_class_count
+from ubgen.loading.loader import Batch, batches_by_threads, training_batches
 from ubgen.pretrain.config import PretrainConfig, passes
-from ubgen.pretrain.data import TrainingSet, matched, open_training_set, require_class_count
-from ubgen.pretrain.loader import Batch, batches_by_threads, training_batches
 from ubgen.pretrain.outputs import CARD, CONFIG, CURVE, WEIGHTS, save_weights, write_reports
 from ubgen.pretrain.state import build_state, model_options, restore_checkpoint, save_checkpoint, update
 
@@ -39,8 +39,8 @@ _FREE = ("threads", "evaluate_every", "checkpoint_every", "num_classes", "classe
 class Inputs:
     """What a run reads."""
 
-    training: TrainingSet
-    validation: TrainingSet | None
+    training: ImageSet
+    validation: ImageSet | None
     recipe: str = ""
     """Its name, for the card."""
 
@@ -48,11 +48,11 @@ class Inputs:
 def open_inputs(
     config: PretrainConfig, data: str | Path, validation: str | Path | None, recipe: str
 ) -> Inputs:
-    training = open_training_set(data, config.classes)
+    training = open_image_set(data, config.classes)
     require_class_count(training, config.num_classes)
     if validation is None:
         return Inputs(training, None, recipe)
-    return Inputs(training, matched(open_training_set(validation, config.classes), training), recipe)
+    return Inputs(training, matched(open_image_set(validation, config.classes), training), recipe)
 
 
 def run_pretraining(
@@ -246,7 +246,7 @@ class Run:
         self.console.print(f"epoch {epoch}: top-1 {raw['top1']:.2f} %, EMA {average['ema_top1']:.2f} %")
 
     @torch.inference_mode()
-    def measure(self, model: nn.Module, validation: TrainingSet) -> dict[str, float]:
+    def measure(self, model: nn.Module, validation: ImageSet) -> dict[str, float]:
         """Top-1 and top-5 in percent, over all processes."""
         process, config = self.process, self.config
         order = np.arange(process.process_index, len(validation), process.num_processes)

@@ -14,8 +14,8 @@ from ubgen.core.console import markdown_table
 from ubgen.core.files import atomic_write
 from ubgen.core.metrics import METRICS_FILE, read_metrics
 from ubgen.dataset.text import escape
+from ubgen.loading.imageset import ImageSet
 from ubgen.pretrain.config import PretrainConfig
-from ubgen.pretrain.data import TrainingSet
 
 WEIGHTS = {"raw": "model.safetensors", "EMA": "model_ema.safetensors"}
 CURVE, CARD, CONFIG = "curve.png", "README.md", "config.json"
@@ -28,7 +28,7 @@ def save_weights(path: Path, model: torch.nn.Module) -> None:
 
 
 def write_reports(
-    out: Path, config: PretrainConfig, options: dict[str, Any], data: TrainingSet, recipe: str, skipped: int
+    out: Path, config: PretrainConfig, options: dict[str, Any], data: ImageSet, recipe: str, skipped: int
 ) -> None:
     """config.json, the curve and the card."""
     lines = read_metrics(out / METRICS_FILE)
@@ -69,7 +69,7 @@ def save_curve(path: Path, lines: list[dict[str, Any]]) -> None:
 def card(
     config: PretrainConfig,
     options: dict[str, Any],
-    data: TrainingSet,
+    data: ImageSet,
     recipe: str,
     lines: list[dict[str, Any]],
     skipped: int,

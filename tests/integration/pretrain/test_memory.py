@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from ubgen.core.probes import dali
+from ubgen.loading.imageset import open_image_set
 from ubgen.pretrain import training_batches
-from ubgen.pretrain.data import open_training_set
 
 
 def resident() -> int:
@@ -33,7 +33,7 @@ def test_memory_is_flat_over_an_epoch(tmp_path: Path, loader: str) -> None:
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(buffer, "JPEG")
         (tmp_path / "a" / f"{i}.jpg").write_bytes(buffer.getvalue())
     batches = training_batches(
-        open_training_set(tmp_path), batch_size=8, image_size=64, loader=loader, threads=2
+        open_image_set(tmp_path), batch_size=8, image_size=64, loader=loader, threads=2
     )
     held = [resident() for _ in batches]
     assert len(held) == 600

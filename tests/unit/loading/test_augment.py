@@ -15,9 +15,10 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from ubgen.pretrain import augment
-from ubgen.pretrain.augment import EvaluationTransform, TrainingTransform, decode
-from ubgen.pretrain.config import Augmentation
+from ubgen.loading import augment
+from ubgen.loading.augment import TrainingTransform
+from ubgen.loading.decode import EvaluationTransform, decode
+from ubgen.loading.settings import Augmentation
 
 PLAIN = Augmentation(flip=0.0, rand_augment="", erasing=0.0)
 DRAWS = [pytest.param(2_000), pytest.param(20_000, marks=pytest.mark.slow)]

@@ -1,4 +1,4 @@
-"""Batches for training, whatever decodes and augments them."""
+"""Batches of images and labels, whatever decodes and augments them."""
 
 from collections import deque
 from collections.abc import Callable, Generator
@@ -15,22 +15,17 @@ import torch
 from ubgen.core.errors import UserError
 from ubgen.core.files import Store
 from ubgen.core.probes import dali
-from ubgen.pretrain.augment import (
-    BrokenSample,
-    EvaluationTransform,
-    TrainingTransform,
-    broken,
-    sample_seed,
-)
-from ubgen.pretrain.config import Augmentation, Loader
-from ubgen.pretrain.data import TrainingSet, open_training_set, rank_order
+from ubgen.loading.augment import TrainingTransform, sample_seed
+from ubgen.loading.decode import BrokenSample, EvaluationTransform, broken
+from ubgen.loading.imageset import ImageSet, open_image_set, rank_order
+from ubgen.loading.settings import Augmentation, Loader
 
 Batch = dict[str, Any]
 _AHEAD = 3  # batches that are in work while one is used
 
 
 def training_batches(
-    dataset: str | Path | Store | TrainingSet,
+    dataset: str | Path | Store | ImageSet,
     *,
     batch_size: int,
     image_size: int,
@@ -58,7 +53,7 @@ def training_batches(
     """
     if batch_size < 1 or image_size < 1:
         raise UserError(f"batch_size and image_size must be positive, not {batch_size} and {image_size}")
-    data = open_training_set(dataset)
+    data = open_image_set(dataset)
     order = rank_order(len(data), seed, epoch, rank, ranks)[start * batch_size :]
     transform: Any = EvaluationTransform(image_size)
     if augment:
@@ -68,7 +63,7 @@ def training_batches(
     if torch.device(device).type == "cpu":
         device = "cpu"  # of several processes it may be "cpu:0"
     if resolve(loader, device) == "dali":
-        from ubgen.pretrain.dali import batches_by_dali
+        from ubgen.loading.dali import batches_by_dali
 
         return batches_by_dali(data, order, transform, batch_size, seeds, threads, on_broken, device)
     return batches_by_threads(data, order, transform, batch_size, seeds, threads, on_broken)
@@ -89,7 +84,7 @@ def processors() -> int:
 
 
 def batches_by_threads(
-    data: TrainingSet,
+    data: ImageSet,
     order: np.ndarray,
     transform: Callable[[bytes, int], np.ndarray],
     batch_size: int,
@@ -124,7 +119,7 @@ def batches_by_threads(
 
 
 def _collate(
-    data: TrainingSet,
+    data: ImageSet,
     indices: list[int],
     results: list[np.ndarray | BrokenSample],
     on_broken: Callable[[BrokenSample], None] | None,

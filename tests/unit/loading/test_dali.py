@@ -13,13 +13,14 @@ from timm.data import auto_augment
 
 from ubgen.core.errors import UserError
 from ubgen.core.probes import dali
+from ubgen.loading.augment import TrainingTransform
+from ubgen.loading.decode import BrokenSample, Draw, normalised
+from ubgen.loading.imageset import open_image_set
 from ubgen.pretrain import Augmentation, training_batches
-from ubgen.pretrain.augment import BrokenSample, Draw, TrainingTransform, normalised
-from ubgen.pretrain.data import open_training_set
 
 if not dali().available:
     pytest.skip(dali().detail, allow_module_level=True)
-from ubgen.pretrain.dali import batches_by_dali
+from ubgen.loading.dali import batches_by_dali
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_an_operation_is_timms(make: SimpleNamespace, tmp_path: Path, name: str,
         image = image.point(lambda level: 60 + level // 3)
     (tmp_path / "a").mkdir()
     image.save(tmp_path / "a" / "0.png")
-    data = open_training_set(tmp_path)
+    data = open_image_set(tmp_path)
     (batch,) = batches_by_dali(data, np.arange(1), Fixed(64, name, value), 1, int, 1)
     operation = auto_augment.NAME_TO_OP[name]
     if name.startswith("Posterize"):

@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 
 from ubgen.core.errors import UserError
 from ubgen.dataset.tools.convert import convert
-from ubgen.pretrain.data import epoch_order, matched, open_training_set, rank_order, require_class_count
+from ubgen.loading.imageset import epoch_order, matched, open_image_set, rank_order, require_class_count
 
 
 @settings(deadline=None, max_examples=60)
@@ -61,7 +61,7 @@ def test_a_rank_that_does_not_exist_is_refused() -> None:
 
 
 def test_shards_of_different_sizes(make: SimpleNamespace, shards: Path) -> None:
-    data = open_training_set(shards)
+    data = open_image_set(shards)
     assert len(data) == 20
     assert data.class_ids == ("c0", "c1", "c2")
     assert data.labels.tolist() == [i % 3 for i in range(20)]
@@ -83,7 +83,7 @@ def test_a_damaged_sidecar_is_refused(make: SimpleNamespace, tmp_path: Path, dam
     assert old in text
     sidecar.write_text(text.replace(old, new))
     with pytest.raises(UserError, match="shard-000000"):
-        open_training_set(root)
+        open_image_set(root)
 
 
 def test_folders_are_labelled_as_torchvision_does(make: SimpleNamespace, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_folders_are_labelled_as_torchvision_does(make: SimpleNamespace, tmp_pat
     (root / "b" / "deeper").mkdir()
     (root / "b" / "deeper" / "x.JPEG").write_bytes(make.encoded(make.picture(5)))
     (root / "b" / "notes.txt").write_text("no image")
-    data, reference = open_training_set(root), ImageFolder(root)
+    data, reference = open_image_set(root), ImageFolder(root)
     assert list(data.class_ids) == reference.classes == ["10", "2", "A", "b"]
     found = {data.describe(i): int(data.labels[i]) for i in range(len(data))}
     assert found == dict(reference.samples)
@@ -113,18 +113,18 @@ def test_tars_of_others(make: SimpleNamespace, tmp_path: Path) -> None:
         {f"{i}.{e}": c for i in (1, 2, 3) for e, c in (("jpeg", image), ("cls", b"%d" % i))},
     )
     (tmp_path / "a.idx").write_text("v1.2 1\nwrong")
-    data = open_training_set(tmp_path)
+    data = open_image_set(tmp_path)
     assert data.labels.tolist() == [4, 0, 1, 2, 3]
     assert [data.keys[i] for i in range(5)] == ["x/1", "x/2", "1", "2", "3"]
     assert data.class_ids == ("0", "1", "2", "3", "4")
     assert data.read(0) == data.read(3) == image
     assert data.read(1) == b"png"
     (tmp_path / "classes.txt").write_text("".join(f"id{i}\tname {i}\n" for i in range(5)))
-    named = open_training_set(tmp_path, str(tmp_path / "classes.txt"))
+    named = open_image_set(tmp_path, str(tmp_path / "classes.txt"))
     assert named.class_ids == ("id0", "id1", "id2", "id3", "id4")
     (tmp_path / "few.txt").write_text("only\n")
     with pytest.raises(UserError, match=r"a\.tar: label 4, but there are only 1 classes"):
-        open_training_set(tmp_path, str(tmp_path / "few.txt"))
+        open_image_set(tmp_path, str(tmp_path / "few.txt"))
 
 
 @pytest.mark.parametrize(
@@ -140,49 +140,49 @@ def test_tars_without_image_or_label_are_refused(
 ) -> None:
     write_tar(tmp_path / "a.tar", members)
     with pytest.raises(UserError, match=message):
-        open_training_set(tmp_path)
+        open_image_set(tmp_path)
 
 
 def test_a_file_that_is_no_tar_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"nothing like a tar" * 100)
     with pytest.raises(UserError, match=r"a\.tar is not a readable tar"):
-        open_training_set(tmp_path)
+        open_image_set(tmp_path)
 
 
 def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
-        open_training_set(tmp_path / "nowhere")
+        open_image_set(tmp_path / "nowhere")
     with pytest.raises(UserError, match="not a dataset"):
-        open_training_set(tmp_path)
+        open_image_set(tmp_path)
     (tmp_path / "cat").mkdir()
     with pytest.raises(UserError, match="holds no image"):
-        open_training_set(tmp_path)
+        open_image_set(tmp_path)
 
 
 def test_an_empty_class_is_named(make: SimpleNamespace, tmp_path: Path) -> None:
     root = make.folders(tmp_path, ["cat", "dog"])
     (root / "emu").mkdir()
     with pytest.raises(UserError, match="class 'emu' has no image"):
-        open_training_set(root)
+        open_image_set(root)
 
 
 def test_the_number_of_classes_is_checked(shards: Path) -> None:
-    data = open_training_set(shards)
+    data = open_image_set(shards)
     require_class_count(data, 3)
     with pytest.raises(UserError, match=r"--num-classes 5: .* has 3 classes"):
         require_class_count(data, 5)
 
 
 def test_validation_is_matched_by_class_id(make: SimpleNamespace, tmp_path: Path, shards: Path) -> None:
-    training = open_training_set(shards)
-    validation = open_training_set(make.folders(tmp_path / "a", ["c2", "c0", "c1"]))
-    reordered = open_training_set(write_tar_with_classes(tmp_path / "b", ["c2", "c0", "c1"]))
+    training = open_image_set(shards)
+    validation = open_image_set(make.folders(tmp_path / "a", ["c2", "c0", "c1"]))
+    reordered = open_image_set(write_tar_with_classes(tmp_path / "b", ["c2", "c0", "c1"]))
     assert matched(validation, training).labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert matched(reordered, training).labels.tolist() == [2, 0, 1]
-    more = open_training_set(make.folders(tmp_path / "c", ["c0", "c1", "c2", "emu"]))
+    more = open_image_set(make.folders(tmp_path / "c", ["c0", "c1", "c2", "emu"]))
     with pytest.raises(UserError, match="class 'emu'"):
         matched(more, training)
-    fewer = open_training_set(make.folders(tmp_path / "d", ["c0", "c1"]))
+    fewer = open_image_set(make.folders(tmp_path / "d", ["c0", "c1"]))
     with pytest.raises(UserError, match="class 'c2'"):
         matched(fewer, training)
 
@@ -218,9 +218,9 @@ def synthetic_index(make: SimpleNamespace, root: Path, shards: int, each: int) -
 
 def test_an_index_in_memory_is_small(make: SimpleNamespace, tmp_path: Path) -> None:
     root = synthetic_index(make, tmp_path, 10, 1000)
-    open_training_set(root)  # what is imported on the way does not count
+    open_image_set(root)  # what is imported on the way does not count
     tracemalloc.start()
-    data = open_training_set(root)
+    data = open_image_set(root)
     order = epoch_order(len(data), 0, 0)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -232,7 +232,7 @@ def test_an_index_in_memory_is_small(make: SimpleNamespace, tmp_path: Path) -> N
 def test_a_dataset_of_imagenet_size_opens_quickly(make: SimpleNamespace, tmp_path: Path) -> None:
     root = synthetic_index(make, tmp_path, 1300, 1000)
     begun = time.process_time()  # of this process: others share the machine
-    data = open_training_set(root)
+    data = open_image_set(root)
     order = epoch_order(len(data), 0, 0)
     assert time.process_time() - begun < 10
     assert len(order) == 1_300_000
@@ -244,7 +244,7 @@ def test_a_conversion_to_folders_keeps_the_class_ids(make: SimpleNamespace, tmp_
     root = make.shards(tmp_path / "shards", [24], classes=12)  # c10 sorts before c2, so folders get numbers
     convert(root, tmp_path / "folders", "folder")
     assert not (tmp_path / "folders" / "c10").exists()
-    training = open_training_set(root)
-    validation = matched(open_training_set(tmp_path / "folders"), training)
+    training = open_image_set(root)
+    validation = matched(open_image_set(tmp_path / "folders"), training)
     assert validation.kind == "folders"
     assert validation.labels.tolist() == sorted(training.labels.tolist())

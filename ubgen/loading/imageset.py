@@ -1,6 +1,6 @@
 """Training sets of three kinds under one description: ubgen's shards, image folders, and WebDataset tars of others.
 
-A `TrainingSet` holds arrays, not objects: 1.3 million samples take about 60 MB. Labels come from the sidecars, the
+A `ImageSet` holds arrays, not objects: 1.3 million samples take about 60 MB. Labels come from the sidecars, the
 folders or the `.cls` members, never from the order in which images are read.
 """
 
@@ -56,7 +56,7 @@ class Strings:
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingSet:
+class ImageSet:
     """Labelled, encoded images in `store`: each a part of a tar, or a file of its own."""
 
     store: Store
@@ -103,7 +103,7 @@ class TrainingSet:
         return np.bincount(self.labels, minlength=len(self.class_ids))
 
 
-def open_training_set(where: str | Path | Store | TrainingSet, classes: str | None = None) -> TrainingSet:
+def open_image_set(where: str | Path | Store | ImageSet, classes: str | None = None) -> ImageSet:
     """What lies at `where`, a directory or URL.
 
     A manifest or classes.json with shards makes it a dataset of ubgen, whose classes are those of classes.json. A
@@ -114,7 +114,7 @@ def open_training_set(where: str | Path | Store | TrainingSet, classes: str | No
 
     UserError when it is none of these, is unfinished, or has a class without an image.
     """
-    if isinstance(where, TrainingSet):
+    if isinstance(where, ImageSet):
         return where
     store = open_store(where)
     names = store.names()
@@ -135,13 +135,13 @@ def open_training_set(where: str | Path | Store | TrainingSet, classes: str | No
     return found
 
 
-def require_class_count(data: TrainingSet, wanted: int | None) -> None:
+def require_class_count(data: ImageSet, wanted: int | None) -> None:
     """UserError unless the dataset has the number of classes that the user expects."""
     if wanted is not None and wanted != len(data.class_ids):
         raise UserError(f"--num-classes {wanted}: {data.store} has {len(data.class_ids)} classes")
 
 
-def matched(validation: TrainingSet, training: TrainingSet) -> TrainingSet:
+def matched(validation: ImageSet, training: ImageSet) -> ImageSet:
     """The validation set with the labels of the training set, matched by class id and not by position.
 
     UserError naming a class that is in one and not in the other.
@@ -187,7 +187,7 @@ class _Part(NamedTuple):
 
 def _joined(
     store: Store, kind: str, ids: Sequence[str], files: Sequence[str], parts: Sequence[_Part]
-) -> TrainingSet:
+) -> ImageSet:
     numbers = np.repeat(np.arange(len(parts)), [len(part.labels) for part in parts])
     labels = np.concatenate([part.labels for part in parts])
     places = np.column_stack([numbers, np.concatenate([part.places for part in parts])])
@@ -196,12 +196,12 @@ def _joined(
         raise UserError(
             f"{store.address(which)}: label {labels[unknown[0]]}, but there are only {len(ids)} classes"
         )
-    return TrainingSet(
+    return ImageSet(
         store, kind, tuple(ids), labels, Strings.joined([part.keys for part in parts]), files, places
     )
 
 
-def _shards(store: Store) -> TrainingSet:
+def _shards(store: Store) -> ImageSet:
     dataset = open_dataset(store)
     ids = [entry["id"] for entry in dataset.classes]
     parts = [_shard(shard) for shard in dataset.shards]
@@ -224,7 +224,7 @@ def _shard(shard: ShardInfo) -> _Part:
     return _Part(rows[:, 0].astype(np.int32), rows[:, 1:], keys)
 
 
-def _folders(store: Store) -> TrainingSet:
+def _folders(store: Store) -> ImageSet:
     if not isinstance(store, LocalStore):
         raise UserError(
             f"{store} holds no shards and no tars; image folders are read from a local directory only"
@@ -242,7 +242,7 @@ def _folders(store: Store) -> TrainingSet:
         files = sorted(_images_below(str(root / name), name))
         labels.append(np.full(len(files), label, np.int32))
         parts.append(Strings(files))
-    return TrainingSet(
+    return ImageSet(
         store,
         "folders",
         tuple(_ids_of_folders(store, names)),
@@ -269,7 +269,7 @@ def _images_below(directory: str, prefix: str) -> Iterator[str]:
             yield name
 
 
-def _tars(store: Store, names: Sequence[str], classes: str | None) -> TrainingSet:
+def _tars(store: Store, names: Sequence[str], classes: str | None) -> ImageSet:
     parts = [_tar(store, name) for name in names]
     highest = max((int(part.labels.max()) for part in parts if len(part.labels)), default=-1)
     return _joined(store, "tars", _ids_of_tars(store, classes, highest + 1), names, parts)

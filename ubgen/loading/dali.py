@@ -24,18 +24,18 @@ from torch import Tensor
 
 from ubgen.core.errors import UserError
 from ubgen.core.probes import require_dali
-from ubgen.pretrain.augment import (
+from ubgen.loading.augment import TrainingTransform
+from ubgen.loading.decode import (
     MEAN,
     STD,
     BrokenSample,
     Draw,
     EvaluationTransform,
-    TrainingTransform,
     broken,
     decode,
     image_size,
 )
-from ubgen.pretrain.data import TrainingSet
+from ubgen.loading.imageset import ImageSet
 
 Batch = dict[str, Any]
 _AHEAD = 3
@@ -58,7 +58,7 @@ _LAYERS = 2
 
 
 def batches_by_dali(
-    data: TrainingSet,
+    data: ImageSet,
     order: np.ndarray,
     transform: TrainingTransform | EvaluationTransform,
     batch_size: int,
@@ -98,7 +98,7 @@ def _require_known(transform: Any) -> None:
         )
 
 
-def _name_broken(data: TrainingSet, indices: list[int]) -> None:
+def _name_broken(data: ImageSet, indices: list[int]) -> None:
     for index in indices:
         try:
             decode(data.read(index))
@@ -107,7 +107,7 @@ def _name_broken(data: TrainingSet, indices: list[int]) -> None:
 
 
 def _source(
-    data: TrainingSet,
+    data: ImageSet,
     order: np.ndarray,
     transform: Any,
     batch_size: int,

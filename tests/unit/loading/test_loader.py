@@ -10,10 +10,10 @@ from PIL import Image
 
 import ubgen.pretrain
 from ubgen.core.errors import UserError
+from ubgen.loading.decode import BrokenSample, decode
+from ubgen.loading.imageset import open_image_set
+from ubgen.loading.loader import resolve
 from ubgen.pretrain import Augmentation, training_batches
-from ubgen.pretrain.augment import BrokenSample, decode
-from ubgen.pretrain.data import open_training_set
-from ubgen.pretrain.loader import resolve
 
 
 def all_keys(batches: list[dict]) -> list[str]:
@@ -33,7 +33,7 @@ def test_batches_have_their_form(shards: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7, 25])
 def test_every_sample_comes_once_in_an_epoch(shards: Path, ranks: int) -> None:
-    data = open_training_set(shards)
+    data = open_image_set(shards)
     for epoch in (0, 1):
         keys = Counter(
             key
@@ -156,7 +156,7 @@ def test_broken_images_are_left_out_and_counted(odd: Path) -> None:
 
 def test_a_shard_that_got_shorter_is_an_error_and_not_a_hang(make: SimpleNamespace, tmp_path: Path) -> None:
     root = make.shards(tmp_path, [6])
-    data = open_training_set(root)
+    data = open_image_set(root)
     tar = root / "shard-000000.tar"
     with tar.open("r+b") as file:
         file.truncate(tar.stat().st_size // 2)
