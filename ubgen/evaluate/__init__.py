@@ -1,0 +1,1 @@
+"""Evaluation of backbones: transfer, few-shot, bias, and accuracy on a validation set."""
