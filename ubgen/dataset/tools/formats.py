@@ -1,6 +1,5 @@
 """What `convert` writes: a class for each layout, which writes one part at a time."""
 
-import importlib
 import itertools
 import json
 import os
@@ -10,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ubgen.core.errors import UserError, install_extra, warn
+from ubgen.core.errors import UserError, warn
 from ubgen.core.files import Store, open_store
 from ubgen.dataset.card import CARD, loader_workers
 from ubgen.dataset.shards import ShardWriter, finished_shard, number
@@ -164,7 +163,9 @@ for sample in load_dataset("parquet", data_files="train-*.parquet", split="train
 ```"""
 
     def write(self, number: int, samples: Iterator[SourceSample]) -> None:
-        pa, pq = _pyarrow()
+        import pyarrow as pa  # only here: the other commands need not wait for it
+        import pyarrow.parquet as pq
+
         schema = self._schema(pa)
         columns = ["label", "prompt"]  # whose values repeat
         with (
@@ -297,10 +298,3 @@ def _natural(name: str) -> list[int | str]:
 def _batches(samples: Iterator[SourceSample], size: int) -> Iterator[list[SourceSample]]:
     while batch := list(itertools.islice(samples, size)):
         yield batch
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise UserError(f"--to parquet needs pyarrow; {install_extra('parquet')}") from None

@@ -1,0 +1,125 @@
+"""Tables of results: one row for each backbone, and the paper's rows in a table of their own below."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+
+from ubgen.core.console import markdown_table
+from ubgen.core.console import table as drawn
+from ubgen.core.files import atomic_write
+from ubgen.dataset.text import plain
+from ubgen.evaluate.results import Figure, Result
+
+AVERAGE = "average"
+TITLES = {
+    "val": "Accuracy on validation sets",
+    "transfer": "Transfer: top-1 accuracy of a linear classifier",
+    "fewshot": "Few-shot transfer: top-1 accuracy by share of the training images",
+    "bias": "Bias",
+}
+_PAPER = {"transfer": ("table 1", "table 4"), "bias": ("table 3",), "val": ("table 1", "table 4")}
+_PAPER_NOTE = (
+    "As printed. Most of the averages printed for ResNet50 in Table 1 are means over nine columns, the ImageNet one "
+    "included; measured averages here are means over the transfer datasets alone."
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of text: the first column names the row."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        parts = (f"## {self.title}", markdown_table(self.columns, self.rows), self.note)
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def show(self, console: Console) -> None:
+        console.print(drawn(self.title, self.columns, self.rows))
+        if self.note:
+            console.print(self.note, highlight=False, markup=False)
+
+
+def grids(results: Mapping[str, Sequence[Result]]) -> list[Grid]:
+    """The tables of some backbones' results, given by the names of their rows."""
+    found = []
+    for evaluation, title in TITLES.items():
+        of_kind = {row: [r for r in each if r.evaluation == evaluation] for row, each in results.items()}
+        if any(of_kind.values()):
+            found.append(_measured(evaluation, title, of_kind))
+            found.extend(_papers(evaluation, {r.dataset for each in of_kind.values() for r in each}))
+    return found
+
+
+def _measured(evaluation: str, title: str, results: Mapping[str, Sequence[Result]]) -> Grid:
+    cells = {row: dict(_cells(evaluation, each)) for row, each in results.items()}
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    rows = [[plain(row), *(cells[row].get(column, "") for column in columns)] for row in cells]
+    return Grid(title, ["backbone", *columns], rows, "In percent, with 95 % intervals.")
+
+
+def _cells(evaluation: str, results: Sequence[Result]) -> Iterable[tuple[str, str]]:
+    if evaluation in ("transfer", "val"):
+        for result in results:
+            yield result.dataset, result.main.text()
+        if evaluation == "transfer":
+            yield from _average(results)
+        return
+    for result in results:
+        for name, figure in result.figures.items():
+            yield f"{result.dataset} {name}", figure.text()
+
+
+def _average(results: Sequence[Result]) -> Iterable[tuple[str, str]]:
+    values = [result.main.value for result in results]
+    if len(values) > 1:
+        known = [value for value in values if value is not None]
+        yield AVERAGE, Figure(fmean(known) if len(known) == len(values) else None).text()
+
+
+def _papers(evaluation: str, datasets: set[str]) -> Iterable[Grid]:
+    """The paper's rows, if it has one of the datasets."""
+    for name in _PAPER.get(evaluation, ()):
+        printed = paper()[name]
+        if evaluation == "val":
+            columns = [column for column in printed["columns"] if column in datasets]
+        else:
+            columns = [c for c in printed["columns"] if c in datasets or c == AVERAGE]
+        if set(columns) - {AVERAGE}:
+            rows = [
+                [
+                    f"{row['backbone']}, {row['data']}",
+                    *(f"{row['figures'][column]:.1f}" for column in columns),
+                ]
+                for row in printed["rows"]
+            ]
+            note = _PAPER_NOTE if name == "table 1" and AVERAGE in columns else "As printed."
+            note = _PAPER_NOTE if name == "table 1" and AVERAGE in columns else "As printed."
+            title = f"The paper's figures, not measured here: {printed['title']}"
+            yield Grid(title, ["backbone", *columns], rows, note)
+
+
+@cache
+def paper() -> dict[str, Any]:
+    """The paper's Tables 1, 3 and 4, in percent."""
+    tables: dict[str, Any] = json.loads(files("ubgen").joinpath("data", "paper.json").read_text())
+    return tables
+
+
+def tables_writer(name: str, path: str) -> Callable[[Path, Sequence[Result]], None]:
+    """Writes a directory's results as Markdown to the file `path` in it; the row is called `name`."""
+
+    def write(out: Path, results: Sequence[Result]) -> None:
+        atomic_write(out / path, "\n".join(grid.markdown() for grid in grids({name: results})))
+
+    return write
