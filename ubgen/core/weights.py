@@ -1,5 +1,6 @@
 """Files of weights, looked at before anything is built on them: that they are what their names say, and finite."""
 
+import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,3 +79,12 @@ def require_finite(tensors: Iterable[tuple[str, "Tensor"]], source: Path | str) 
                 f"{source}: tensor {name!r} holds NaN or infinity ({count} of {tensor.numel()} values); "
                 "these weights are damaged, or were saved in too low a precision"
             )
+
+
+def require_timm_model(name: str, where: str) -> None:
+    """UserError, with the nearest name, unless timm has such a network."""
+    import timm
+
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), 1)
+        raise UserError(f"{where}: timm has no {name!r}{f'; did you mean {close[0]!r}?' if close else ''}")

@@ -233,7 +233,7 @@ def _pipeline(source: Any, transform: Any, batch_size: int, threads: int, device
     pipe = graph(
         dali,
         source,
-        transform.size,
+        transform,
         augmenting,
         gpu,
         batch_size=batch_size,
@@ -245,8 +245,9 @@ def _pipeline(source: Any, transform: Any, batch_size: int, threads: int, device
     return pipe
 
 
-def _graph(dali: Any, source: Any, size: int, augmenting: bool, gpu: bool) -> Any:
+def _graph(dali: Any, source: Any, transform: Any, augmenting: bool, gpu: bool) -> Any:
     fn, types = dali.fn, dali.types
+    linear = getattr(transform, "interpolation", "bicubic") == "bilinear"
     layers = _LAYERS if augmenting else 0
     inputs = fn.external_source(source=source, num_outputs=5 + 4 * layers, batch=True)
     encoded, start, shape, resized, flip = inputs[:5]
@@ -258,7 +259,8 @@ def _graph(dali: Any, source: Any, size: int, augmenting: bool, gpu: bool) -> An
         device="mixed" if gpu else "cpu",
         output_type=types.RGB,
     )
-    image = fn.resize(image, size=resized, interp_type=types.INTERP_CUBIC, antialias=True)
+    interpolation = types.INTERP_LINEAR if linear else types.INTERP_CUBIC
+    image = fn.resize(image, size=resized, interp_type=interpolation, antialias=True)
     if augmenting:
         image = fn.flip(image, horizontal=flip, vertical=0)
         for layer in range(layers):
@@ -269,9 +271,9 @@ def _graph(dali: Any, source: Any, size: int, augmenting: bool, gpu: bool) -> An
         image,
         dtype=types.FLOAT,
         output_layout="CHW",
-        crop=(size, size),
-        mean=[255 * value for value in MEAN],
-        std=[255 * value for value in STD],
+        crop=(transform.size, transform.size),
+        mean=[255 * value for value in getattr(transform, "mean", MEAN)],
+        std=[255 * value for value in getattr(transform, "std", STD)],
         mirror=flip,
     )
 

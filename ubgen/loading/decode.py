@@ -2,7 +2,9 @@
 
 import io
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -92,19 +94,28 @@ class Draw(NamedTuple):
     """Top, left, and the noise (3hw) that replaces the pixels there."""
 
 
+@dataclass(frozen=True)
 class EvaluationTransform:
-    """timm's `transforms_imagenet_eval`: the shorter side to image_size / crop_ratio, centre crop."""
+    """timm's `transforms_imagenet_eval`: the shorter side to size / crop_ratio, centre crop, normalisation.
 
-    def __init__(self, image_size: int, crop_ratio: float = CROP_RATIO) -> None:
-        self.size, self.shorter = image_size, math.floor(image_size / crop_ratio)
+    Equal settings are equal transforms, with the same `repr`.
+    """
+
+    size: int
+    crop_ratio: float = CROP_RATIO
+    mean: tuple[float, float, float] = MEAN
+    """Of values in [0, 1]."""
+    std: tuple[float, float, float] = STD
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
     def __call__(self, data: bytes, seed: int = 0) -> np.ndarray:
         """3HW float32; nothing is random."""
         image = Image.fromarray(decode(data))
         width, height = image.size
-        image = image.resize(self._resized(height, width)[::-1], Image.Resampling.BICUBIC)
+        image = image.resize(self._resized(height, width)[::-1], Image.Resampling[self.interpolation.upper()])
         left, top = (round((side - self.size) / 2) for side in image.size)
-        return normalised(image.crop((left, top, left + self.size, top + self.size)))
+        crop = image.crop((left, top, left + self.size, top + self.size))
+        return normalised(crop, self.mean, self.std)
 
     def draw(self, size: tuple[int, int], seed: int = 0) -> Draw:
         """The whole image, resized."""
@@ -112,19 +123,17 @@ class EvaluationTransform:
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """As torchvision rounds: the longer side is cut to whole pixels."""
+        shorter = math.floor(self.size / self.crop_ratio)
         if width <= height:
-            return int(self.shorter * height / width), self.shorter
-        return self.shorter, int(self.shorter * width / height)
+            return int(shorter * height / width), shorter
+        return shorter, int(shorter * width / height)
 
 
-_SHIFT = np.array(MEAN, np.float32) * 255
-_FACTOR = 1 / (np.array(STD, np.float32) * 255)
-
-
-def normalised(image: Image.Image) -> np.ndarray:
-    """3HW float32: (value / 255 - mean) / standard deviation, of ImageNet's channels."""
+def normalised(image: Image.Image, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> np.ndarray:
+    """3HW float32: (value / 255 - mean) / standard deviation, for each channel."""
+    shift, factor = np.array(mean, np.float32) * 255, 1 / (np.array(std, np.float32) * 255)
     pixels = np.asarray(image, np.float32)
-    return np.ascontiguousarray(((pixels - _SHIFT) * _FACTOR).transpose(2, 0, 1))
+    return np.ascontiguousarray(((pixels - shift) * factor).transpose(2, 0, 1))
 
 
 def broken(where: str, error: BaseException) -> BrokenSample:

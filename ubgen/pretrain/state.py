@@ -1,7 +1,6 @@
 """What training changes, and how one update changes it: timm's optimiser, schedule, mixup, loss and moving average."""
 
 import copy
-import difflib
 import hashlib
 import io
 import random
@@ -23,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ubgen.core.errors import UserError, first_line
 from ubgen.core.files import atomic_write
+from ubgen.core.weights import require_timm_model
 from ubgen.pretrain.config import SHORT_RUN, PretrainConfig
 
 _PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,11 +41,7 @@ def model_options(config: PretrainConfig, classes: int) -> dict[str, Any]:
 
 def build_model(config: PretrainConfig, classes: int) -> nn.Module:
     """The untrained network, from the run's seed. UserError for a name that timm does not know, or a wrong size."""
-    if not timm.is_model(config.model):
-        close = difflib.get_close_matches(config.model, timm.list_models(), 1)
-        raise UserError(
-            f"model: timm has no {config.model!r}{f'; did you mean {close[0]!r}?' if close else ''}"
-        )
+    require_timm_model(config.model, "model")
     torch.manual_seed(config.seed)
     try:
         model = timm.create_model(

@@ -167,13 +167,18 @@ def test_the_whole_transform_has_timms_moments(make: SimpleNamespace, draws: int
             assert_same_distribution(of(a)[:, channel].tolist(), of(b)[:, channel].tolist())
 
 
-def test_evaluation_is_timms_pixel_for_pixel(make: SimpleNamespace) -> None:
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_evaluation_is_timms_pixel_for_pixel(make: SimpleNamespace, interpolation: str) -> None:
     """Within 1e-5 of a normalised value: the rounding of float32."""
     for width, height, size in ((160, 128, 64), (96, 200, 48), (40, 40, 56)):
         data = make.encoded(make.picture(1, width, height))
-        reference = create_transform(size, is_training=False, interpolation="bicubic", crop_pct=0.875)
+        settings = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "interpolation": interpolation}
+        reference = create_transform(size, is_training=False, crop_pct=0.875, **settings)
         expected = reference(Image.open(BytesIO(data)).convert("RGB"))
-        assert np.abs(EvaluationTransform(size)(data) - expected.numpy()).max() < 1e-5
+        assert np.abs(EvaluationTransform(size, **settings)(data) - expected.numpy()).max() < 1e-5
+    settings = {"interpolation": "bicubic", "crop_pct": 0.875}  # mean and deviation by default: ImageNet's
+    expected = create_transform(size, is_training=False, **settings)(Image.open(BytesIO(data)).convert("RGB"))
+    assert np.abs(EvaluationTransform(size)(data) - expected.numpy()).max() < 1e-5
 
 
 def test_a_crop_without_chance_is_timms_pixel_for_pixel(make: SimpleNamespace) -> None:

@@ -14,8 +14,9 @@ from timm.data import auto_augment
 from ubgen.core.errors import UserError
 from ubgen.core.probes import dali
 from ubgen.loading.augment import TrainingTransform
-from ubgen.loading.decode import BrokenSample, Draw, normalised
+from ubgen.loading.decode import BrokenSample, Draw, EvaluationTransform, normalised
 from ubgen.loading.imageset import open_image_set
+from ubgen.loading.loader import batches_by_threads
 from ubgen.pretrain import Augmentation, training_batches
 
 if not dali().available:
@@ -46,6 +47,18 @@ def test_the_same_images_come_as_from_the_threads(
         difference = (one["images"] - other["images"]).abs()
         assert difference.mean() < 0.005
         assert difference.quantile(0.999) < 0.09
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_evaluation_with_other_settings(shards: Path, interpolation: str) -> None:
+    """As above, in grey levels of its own deviation."""
+    settings = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "interpolation": interpolation}
+    transform, data = EvaluationTransform(40, 1.0, **settings), open_image_set(shards)
+    arguments = (data, np.arange(12), transform, 12, lambda index: index, 1)
+    (one,), (other,) = list(batches_by_threads(*arguments)), list(batches_by_dali(*arguments))
+    difference = (one["images"] - other["images"]).abs() * torch.tensor(settings["std"])[:, None, None]
+    assert difference.mean() < 0.3 / 255
+    assert difference.quantile(0.999) < 5 / 255
 
 
 class Fixed(TrainingTransform):
