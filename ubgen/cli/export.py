@@ -34,7 +34,7 @@ def export(
         out: Directory of the engine.
         lora: Directory made by ubgen-train, or any with pytorch_lora_weights.safetensors; none: the base generator.
         stable_diffusion: Directory in diffusers layout, in place of the spec's.
-        clip: Directory with open_clip_config.json and weights, in place of the spec's.
+        clip: CLIP as an open_clip or a transformers directory, in place of the spec's.
         qalign: Directory of the Q-Align checkpoint, in place of the spec's.
         overwrite: Replace a finished engine in the output directory. Networks that another engine has in common with
             it are kept; the very same engine is built anew.

@@ -2,7 +2,8 @@
 
 import difflib
 import json
-from collections.abc import Iterable
+import pickle
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -68,6 +69,69 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             f"{path} has {size} bytes where its header says {8 + length + end}; download it again"
         )
     return tensors
+
+
+def weight_files(directory: Path, what: str) -> list[Path]:
+    """The files of a checkpoint as transformers writes it, in order of preference: safetensors (an index with its
+    shards, a single file, several), then pickles likewise. UserError where there is none; `what` names the network.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = directory / f"{stem}.{suffix}.index.json"
+        single = directory / f"{stem}.{suffix}"
+        if index.is_file():
+            return _indexed(index)
+        if single.is_file():
+            return [single]
+        if found := sorted(directory.glob(f"{stem}-*.{suffix}")):
+            return found
+    raise UserError(
+        f"{directory}: no {what} weights (model.safetensors, an index with its shards, or pytorch_model*.bin)"
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    table = read_json_object(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"{index}: no 'weight_map' in it")
+    files = [index.parent / Path(str(name)).name for name in sorted(set(table.values()))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{index}: it names {file.name}, which is missing")
+    return files
+
+
+def read_tensors(file: Path) -> "Iterator[tuple[str, Tensor]]":
+    """(name, tensor) of a safetensors file or a pickle, mapped from disk one at a time where the format allows it.
+
+    A pickle is read with `weights_only`: it cannot run code. UserError when the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                    yield name, shard.get_tensor(name)
+        else:
+            yield from _unpickle(file).items()
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"{file}: not a readable weight file ({str(error).splitlines()[0]})") from None
+
+
+def _unpickle(file: Path) -> "dict[str, Tensor]":
+    import torch
+
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # written in the format before torch 1.6, which can't be mapped
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def conversion(pickled: Path, target: Path) -> str:
+    """The command that makes a safetensors file of a pickle, for messages."""
+    tensors = f"{{k: v.contiguous().clone() for k, v in torch.load('{pickled}', weights_only=True).items()}}"
+    save = f"s.save_file({tensors}, '{target}', {{'format': 'pt'}})"
+    return f'python -c "import torch, safetensors.torch as s; {save}"'
 
 
 def require_finite(tensors: Iterable[tuple[str, "Tensor"]], source: Path | str) -> None:

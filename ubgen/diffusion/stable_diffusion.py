@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from ubgen.core.errors import UserError
-from ubgen.core.weights import TensorInfo, read_header, read_json_object, require_finite, require_real_file
+from ubgen.core.weights import (
+    TensorInfo,
+    conversion,
+    read_header,
+    read_json_object,
+    require_finite,
+    require_real_file,
+)
 
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _NOISE = (
@@ -163,9 +170,8 @@ def _weight_file(directory: Path) -> tuple[Path, str | None]:
             return file, variant
     if pickled := next(iter(sorted(directory.glob("*.bin"))), None):
         raise UserError(
-            f"{directory} has only pickled weights ({pickled.name}), which are not read; convert them once: python -c "
-            f'"import torch, safetensors.torch as s; s.save_file({{k: v.contiguous() for k, v in torch.load('
-            f"'{pickled}', weights_only=True).items()}}, '{directory / stem}.safetensors', {{'format': 'pt'}})\""
+            f"{directory} has only pickled weights ({pickled.name}), which are not read; convert them once: "
+            + conversion(pickled, directory / f"{stem}.safetensors")
         )
     raise UserError(f"{directory / stem}.safetensors: no such file")
 

@@ -10,7 +10,7 @@ from ubgen.core.errors import UserError
 from ubgen.core.stage import MANIFEST, Stage, content_hash, library_versions, read_manifest
 from ubgen.diffusion import check_stable_diffusion, find_lora
 from ubgen.export.spec import EngineSpec, NetworkSpec
-from ubgen.rewards.clip import check_clip
+from ubgen.rewards.clip_files import find_clip
 from ubgen.rewards.qalign_weights import check_weight_files
 from ubgen.runtime.engine import json_hash, key_parts
 
@@ -29,7 +29,7 @@ _PART = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}
 
 _FILES = {
     "stable_diffusion": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
-    "clip": ("open_clip_config.json",),
+    "clip": (),
     "qalign": ("config.json",),
 }
 
@@ -46,7 +46,7 @@ def find_inputs(spec: EngineSpec, lora: str | Path | None) -> dict[str, Path]:
             raise UserError(f"{option}: this spec names no weights of its own; give their directory")
         found[name] = require_directory(path, option, *files)
     check_stable_diffusion(found["stable_diffusion"])
-    check_clip(found["clip"])
+    find_clip(found["clip"], "--clip")
     check_weight_files(found["qalign"])
     return found if lora is None else {**found, "lora": _lora_file(resolve_path(lora))}
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ubgen.core.console import quiet
 from ubgen.core.errors import UserError
 from ubgen.core.weights import read_json_object
 from ubgen.diffusion import StableDiffusion, read_lora
 from ubgen.export.exportable import Exportable
 from ubgen.export.qalign_graph import QAlignScorer
 from ubgen.rewards import Clip, QAlign, clip_preprocess
+from ubgen.rewards.clip_files import find_clip, meta_clip
 
 
 class TextEncoder(nn.Module):
@@ -223,12 +223,9 @@ def _meta_stable_diffusion(path: Path) -> StableDiffusion:
 
 
 def _meta_clip(path: Path) -> Clip:
-    import open_clip
-
-    with torch.device("meta"), quiet():  # it warns that no weights are loaded
-        model = open_clip.create_model(f"local-dir:{path}", load_weights=False, device="meta")
-    side = model.visual.image_size  # open_clip gives a pair for its transformers
-    return Clip(model.eval(), None, side if isinstance(side, int) else side[0], 0)
+    model = meta_clip(find_clip(path))
+    side: Any = model.get_submodule("visual").image_size  # open_clip gives a pair for its transformers
+    return Clip(model, None, side if isinstance(side, int) else side[0], 0)
 
 
 def _meta_qalign(path: Path) -> QAlign:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ubgen.core.errors import UserError
 from ubgen.diffusion import initial_noise, load_scheduler, sample_guided
+from ubgen.rewards.clip_files import clip_tokenizer
 from ubgen.runtime.network import Network, run_rows
 
 NETWORKS = ("text_encoder", "unet", "vae_decoder", "clip_image", "clip_text", "qalign")
@@ -49,10 +50,7 @@ class Pipeline:
 
     def tokenize_photos(self, names: Sequence[str]) -> Tensor:
         """(N,T) int64 ids of "photo of {name}" for CLIP's text encoder."""
-        import open_clip
-
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{self._path / 'clip'}")
-        return tokenizer([f"photo of {name}" for name in names])
+        return clip_tokenizer(self._path / "clip")([f"photo of {name}" for name in names])
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """(N,S,D)"""

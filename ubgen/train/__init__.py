@@ -13,6 +13,7 @@ from ubgen.train.config import (
     OutputConfig,
     RolloutConfig,
     TrainConfig,
+    check_networks,
     require_networks,
     validate,
 )
@@ -44,6 +45,7 @@ def train(config: TrainConfig, out: Path, *, overwrite: bool = False, stop_after
     if open_store(out).local_path is None:
         raise UserError(f"--out {out}: ubgen-train writes to a local directory only")
     classes = load_classes(config.classes)
-    from ubgen.train.loop import run_training  # PyTorch is imported here: until then every answer is quick
+    check_networks(config)  # PyTorch is imported from here on: until then every answer is quick
+    from ubgen.train.loop import run_training
 
     return run_training(config, classes, out, overwrite, stop_after)

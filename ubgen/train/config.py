@@ -4,7 +4,7 @@ Defaults are the paper's (Table 5), or the authors' released code's where it is 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ _PAIRS = {"generator.betas", "discriminator.betas", "losses.entire_rise"}  # hav
 _MAY_BE_NEGATIVE = {"seed", "rollout.guidance", "discriminator.slope"}
 _FILES = {
     "stable_diffusion": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
-    "clip": ("open_clip_config.json", "open_clip_model.safetensors"),
+    "clip": (),
     "qalign": ("config.json",),
 }
 
@@ -39,7 +39,7 @@ class NetworkPaths:
     stable_diffusion: str
     """Stable Diffusion 1.x in diffusers layout."""
     clip: str
-    """CLIP with open_clip_config.json and open_clip_model.safetensors."""
+    """CLIP as an open_clip directory, or as a transformers directory such as openai/clip-vit-large-patch14."""
     qalign: str
     """Q-Align with config.json and the public checkpoint's weights."""
 
@@ -248,6 +248,21 @@ def require_networks(config: TrainConfig) -> None:
     for name in networks_needed(config.losses):
         option = f"--networks.{name.replace('_', '-')}"
         require_directory(getattr(config.networks, name), option, *_FILES[name])
+
+
+def check_networks(config: TrainConfig) -> None:
+    """UserError naming the file that is damaged, or does not fit the others. Reads configs and headers alone."""
+    from ubgen.diffusion import check_stable_diffusion
+    from ubgen.rewards.clip_files import find_clip
+    from ubgen.rewards.qalign_weights import check_weight_files
+
+    checks: dict[str, Callable[[Path], object]] = {
+        "stable_diffusion": check_stable_diffusion,
+        "clip": find_clip,
+        "qalign": check_weight_files,
+    }
+    for name, path in network_paths(config).items():
+        checks[name](path)
 
 
 def networks_needed(losses: LossConfig) -> list[str]:

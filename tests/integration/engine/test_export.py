@@ -3,17 +3,22 @@
 import dataclasses
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torchvision.transforms.functional import to_tensor
 
 from ubgen import runtime
 from ubgen.core.errors import UserError
 from ubgen.core.stage import Stage
+from ubgen.dataset import open_dataset
 from ubgen.diffusion import decode, encode_prompts, load_stable_diffusion, merge_lora
 from ubgen.export import Exported, export_engine, load_spec, plan_export
 from ubgen.rewards import Clip, QAlign
+from ubgen.synth import SynthConfig
+from ubgen.synth.synthesise import synthesise
 
 
 def test_every_network_passed_within_its_tolerance(exported: Exported) -> None:
@@ -210,3 +215,31 @@ def test_an_output_directory_in_use_is_refused(
     spec = load_spec(spec_file, **family)
     with Stage(tmp_path / "out", "export", {}).hold(), pytest.raises(UserError, match="in use"):
         export_engine(spec, tmp_path / "out")
+
+
+def test_clip_as_a_transformers_directory(
+    exported: Exported,
+    family: dict[str, str],
+    spec_file: Path,
+    lora: Path,
+    class_file: str,
+    tmp_path: Path,
+    write_transformers_clip: Callable[..., Path],
+) -> None:
+    """The engine gets its tokenizer and no weights, and synthesis scores with it as PyTorch does."""
+    torch.manual_seed(3)
+    directory = write_transformers_clip(tmp_path / "clip")
+    spec = load_spec(spec_file, **{**family, "clip": str(directory)})
+    engine = Path(shutil.copytree(exported.path, tmp_path / "engine"))
+    assert {plan.name for plan in plan_export(spec).networks} >= {"clip_image", "clip_text"}
+    assert export_engine(spec, engine, lora, overwrite=True).built
+    copied = {file.name for file in (engine / "clip").iterdir()}
+    assert copied == {"config.json", "preprocessor_config.json", "vocab.json", "merges.txt"}
+    out = tmp_path / "data"
+    synthesise(SynthConfig(engine, class_file, per_class=1, out=str(out), steps=2, format="png"))
+    samples, clip = list(open_dataset(out)), Clip.load(directory)
+    images = torch.stack([to_tensor(sample.image) for sample in samples])
+    texts = clip.encode_text([f"photo of {sample.class_name}" for sample in samples])
+    similarity = torch.cosine_similarity(clip.encode_image(images), texts)
+    stored = torch.tensor([sample.meta["clip_similarity"] for sample in samples])
+    assert (stored - similarity).abs().max() < 1e-4

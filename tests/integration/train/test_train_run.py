@@ -212,3 +212,13 @@ def test_rewards_rise_where_they_are_all_that_counts(
     train(dataclasses.replace(longer, losses=losses, max_updates=16, batch_size=4), tmp_path / "run")
     quality = [row["quality"] for row in metrics(tmp_path / "run")]
     assert sum(quality[-5:]) / 5 > sum(quality[:5]) / 5 + 0.1
+
+
+def test_clip_as_a_transformers_directory(
+    config: TrainConfig, change: Change, tmp_path: Path, write_transformers_clip: Callable[..., Path]
+) -> None:
+    directory = write_transformers_clip(tmp_path / "clip")
+    run = dataclasses.replace(change(config, "networks", clip=str(directory)), max_updates=1)
+    assert train(run, tmp_path / "run")
+    assert read_manifest(tmp_path / "run")["inputs"]["clip"]["path"] == str(directory)
+    assert all(-1 <= row["clip_similarity"] <= 1 for row in metrics(tmp_path / "run"))

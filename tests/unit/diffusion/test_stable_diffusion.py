@@ -1,5 +1,8 @@
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from ubgen.diffusion import (
     encode_prompts,
     load_stable_diffusion,
     schedule,
+    tokenize,
     with_sampler,
 )
 
@@ -200,3 +204,101 @@ def test_a_scheduler_without_a_noise_schedule(copy: Path, write: Callable[[dict[
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=r"scheduler_config\.json: has no "):
         load_stable_diffusion(copy)
+
+
+FP16 = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+def outputs(sd: StableDiffusion) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, *sd.latent_shape(), generator=generator)
+    prompt = sd.text_encoder(torch.tensor([[3, 1, 4, 1, 5]])).last_hidden_state
+    with torch.no_grad():
+        noise = sd.unet(latents, 501, prompt[:, :5].expand(2, -1, -1)).sample
+        return [prompt.detach(), noise, sd.vae.decode(latents).sample]
+
+
+def test_fp16_variants_of_all_parts_give_the_rounded_weights(copy: Path) -> None:
+    """As `save_pretrained(variant="fp16")` writes them, with no other file beside them."""
+    sd = load_stable_diffusion(copy)
+    for name, part in (("unet", sd.unet), ("vae", sd.vae), ("text_encoder", sd.text_encoder)):
+        part.half().save_pretrained(copy / name, variant="fp16")
+        part.float()  # of rounded weights, which is what the files hold
+        (copy / name / f"{FP16[name]}.safetensors").unlink()
+        assert [file.name for file in (copy / name).glob("*.safetensors")] == [
+            f"{FP16[name]}.fp16.safetensors"
+        ]
+    loaded = load_stable_diffusion(copy)
+    assert {part.dtype for part in (loaded.unet, loaded.vae, loaded.text_encoder)} == {torch.float32}
+    for mine, theirs in zip(outputs(loaded), outputs(sd), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def test_attention_of_the_vae_by_its_old_names(copy: Path) -> None:
+    """As in the files of Stable Diffusion 1.5 that were published first."""
+    expected = outputs(load_stable_diffusion(copy))
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {}
+    for name, tensor in load_file(file).items():
+        for new, former in OLD_NAMES.items():
+            name = name.replace(f".{new}.", f".{former}.")
+        old[name] = tensor
+    assert (
+        sum(".proj_attn." in name for name in old) == 4
+    )  # weight and bias, in the encoder and in the decoder
+    save_file(old, file, {"format": "pt"})
+    for mine, theirs in zip(outputs(load_stable_diffusion(copy)), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_position_ids_in_the_text_encoder_are_passed_over(copy: Path) -> None:
+    expected = outputs(load_stable_diffusion(copy))
+    file = copy / "text_encoder" / "model.safetensors"
+    tensors = load_file(file) | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    save_file(tensors, file, {"format": "pt"})
+    for mine, theirs in zip(outputs(load_stable_diffusion(copy)), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_only_pickled_weights_are_converted_by_the_command_in_the_message(copy: Path) -> None:
+    expected = outputs(load_stable_diffusion(copy))
+    for name, stem in FP16.items():
+        file = copy / name / f"{stem}.safetensors"
+        pickled = "pytorch_model.bin" if name == "text_encoder" else "diffusion_pytorch_model.bin"
+        torch.save(load_file(file), copy / name / pickled)
+        file.unlink()
+    for _ in FP16:
+        with pytest.raises(UserError, match="has only pickled weights") as caught:
+            load_stable_diffusion(copy)
+        command = str(caught.value).partition("convert them once: ")[2]
+        subprocess.run(shlex.split(command.replace("python", sys.executable, 1)), check=True)
+    for mine, theirs in zip(outputs(load_stable_diffusion(copy)), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_tokenizer_works_without_tokenizer_json(
+    copy: Path, tmp_path: Path, write_transformers_clip: Callable[..., Path]
+) -> None:
+    """vocab.json, merges.txt and the settings as published give the ids that tokenizer.json gives."""
+    source, tokenizer = write_transformers_clip(tmp_path / "clip"), copy / "tokenizer"
+    tokenizer.mkdir(exist_ok=True)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(source / name, tokenizer / name)
+    start, end = (
+        {"__type": "AddedToken", "content": f"<|{word}oftext|>", "normalized": True}
+        for word in ("start", "end")
+    )
+    settings = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": "<|endoftext|>"}
+    settings |= {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    sd = load_stable_diffusion(copy)
+    texts = ["photo of a Crane", "", "drake's egg, 12 red wines " * 40]
+    plain = tokenize(sd, texts)
+    assert plain[0, 0] == 49406
+    assert (plain[1, 1:] == 49407).all()
+    sd.tokenizer.save_pretrained(tokenizer)
+    (tokenizer / "vocab.json").unlink()
+    torch.testing.assert_close(tokenize(load_stable_diffusion(copy), texts), plain)
