@@ -56,7 +56,9 @@ class Nothing:
 
     def score(self, items: Sequence[Item], latents: Tensor, pixels: Tensor) -> Scored:
         ones = torch.ones(len(items))
-        return Scored(pixels, 0.3 * ones, 4.0 * ones, ones.bool(), ~ones.bool())
+        return Scored(
+            pixels, 0.3 * ones, 4.0 * ones, ones.bool(), ~ones.bool(), ones[:, None].expand(-1, 768)
+        )
 
 
 def _picture(side: int) -> Tensor:

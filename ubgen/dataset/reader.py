@@ -82,6 +82,15 @@ class ShardDataset(Sequence[Sample]):
         """(N,) int32 for each shard in turn, read when it is asked for."""
         return (self._table(number)["label"] for number in range(len(self.shards)))
 
+    def features(self) -> np.ndarray | None:
+        """(N, D) float16: the CLIP image features that synthesis kept, L2-normalised; None unless all shards have them.
+
+        UserError for a damaged file.
+        """
+        parts = [shard.read_features() for shard in self.shards if shard.features is not None]
+        known = [part for part in parts if part is not None]
+        return np.concatenate(known) if known and len(known) == len(self.shards) else None
+
     def encoded(self, index: int) -> tuple[bytes, int]:
         """The image of sample `index` as it is stored (JPEG or PNG), and its label."""
         number, row = self._locate(index)

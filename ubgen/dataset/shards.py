@@ -1,17 +1,21 @@
-"""Shards: `shard-000000.tar` holds the samples, `.idx` is DALI's index of it, `.json` says that both are whole.
+"""Shards: `shard-000000.tar` holds the samples, `.idx` is DALI's index of it, `.npy` the samples' image features where
+they are known, and `.json` says that all are whole.
 
 A sample is three members with one key: `KEY.jpg` (or .png), `KEY.cls` (the class index as text) and `KEY.json`.
 Keys are digits made from the sample's place in the dataset, never from a class name, so that no name can do harm.
 
 The sidecar is one JSON object. Its head alone shows whether a shard is whole, so that thousands are checked quickly:
-shard, count, bytes (of the tar), sha256 (of the tar), extension (of the images), rest (bytes of the sidecar from
-`"samples"` to its end). Then come samples and rejected.
+shard, count, bytes (of the tar), sha256 (of the tar), extension (of the images), features (where there are any: size
+and sha256 of the `.npy`), rest (bytes of the sidecar from `"samples"` to its end). Then come samples and rejected.
+
+The features are a NumPy array (count, D) of float16, L2-normalised, in the order of the samples.
 
 Tar members are USTAR (IEEE Std 1003.1, pax), as `tarfile` writes them but quicker: only name, size and checksum differ
 between headers. The index is what DALI's `wds2idx` writes, for `fn.readers.webdataset`.
 """
 
 import hashlib
+import io
 import json
 import math
 import re
@@ -37,7 +41,7 @@ Place = tuple[int, int]
 """Offset and size of a member's bytes in the tar."""
 _MEMBERS = ("image", "cls", "json")
 _NOT_SCORES = {"key", "class_index", "flag", *_MEMBERS}
-_FILE = re.compile(r"shard-(\d{6,})\.(?:tar|idx|json)|\.shard-(\d{6,})\.(?:tar|idx|json)\..+\.tmp")
+_FILE = re.compile(r"shard-(\d{6,})\.(?:tar|idx|npy|json)|\.shard-(\d{6,})\.(?:tar|idx|npy|json)\..+\.tmp")
 _SAMPLES = b'"samples":'
 _HEAD = 1024  # bytes that hold the sidecar's head
 _META = json.JSONEncoder(sort_keys=True, allow_nan=False).encode
@@ -49,8 +53,8 @@ def shard_name(index: int) -> str:
 
 
 def shard_files(names: Iterable[str]) -> dict[str, int]:
-    """Those of `names` that are files of shards, with the shard's number: tars, indices, sidecars, and what killed
-    writers left of them."""
+    """Those of `names` that are files of shards, with the shard's number: tars, indices, features, sidecars, and what
+    killed writers left of them."""
     matches = ((name, _FILE.fullmatch(name)) for name in names)
     return {name: int(match[1] or match[2]) for name, match in matches if match}
 
@@ -101,6 +105,17 @@ def annotations(class_index: int, scores: Mapping[str, float | None], flag: str 
     return {"class_index": class_index, **scores, **({} if flag is None else {"flag": flag})}
 
 
+class FeaturesFile(NamedTuple):
+    """What the sidecar's head says of the file of features."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, data: bytes) -> "FeaturesFile":
+        return cls(len(data), hashlib.sha256(data).hexdigest())
+
+
 class Sidecar(NamedTuple):
     """What follows the head."""
 
@@ -121,6 +136,7 @@ class ShardInfo:
     """Of the tar, hexadecimal."""
     extension: str
     """Of the images: jpg or png."""
+    features: FeaturesFile | None = None
 
     @property
     def tar(self) -> str:
@@ -153,10 +169,24 @@ class ShardInfo:
         """The ledger: what was drawn and rejected while this shard was made."""
         return self.read().rejected
 
-    def damaged(self) -> UserError:
+    def read_features(self) -> np.ndarray | None:
+        """(count, D) float16, L2-normalised CLIP image features; None where none were kept. UserError if damaged."""
+        if self.features is None:
+            return None
+        try:
+            data = self.store.read(f"{shard_name(self.index)}.npy")
+            rows: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            raise self.damaged(".npy") from None
+        if self.features != FeaturesFile.of(data) or rows.shape[:1] != (self.count,) or rows.ndim != 2:
+            raise self.damaged(".npy")
+        return rows
+
+    def damaged(self, ending: str = ".json") -> UserError:
+        where = self.store.address(shard_name(self.index) + ending)
         return UserError(
-            f"{self.store.address(self.sidecar)} is damaged; ubgen-dataset verify --repair takes the shard away, "
-            "and the same ubgen-synth command makes it again"
+            f"{where} is damaged; ubgen-dataset verify --repair takes the shard away, and the same ubgen-synth command "
+            "makes it again"
         )
 
 
@@ -181,6 +211,7 @@ class ShardWriter:
         self._samples: list[str] = []
         self._rejected: list[str] = []
         self._index: list[str] = []
+        self._features: list[np.ndarray] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> "ShardWriter":
@@ -195,13 +226,17 @@ class ShardWriter:
         meta: Mapping[str, Any],
         scores: Mapping[str, float] | None = None,
         flag: str | None = None,
+        features: np.ndarray | None = None,
     ) -> None:
         """Add a sample. `position` is its number in the dataset, larger than the position of the sample before.
 
         `image` may be encoded already; its bytes are then taken as they are. `meta` goes to KEY.json, where
         `class_index`, `scores` and `flag` are added; these go to the sidecar too. A score that is not finite is
-        stored as null. `flag` says why a sample that is not acceptable was kept.
+        stored as null. `flag` says why a sample that is not acceptable was kept. `features` (D,) are the image's; all
+        samples of a shard have them, or none.
         """
+        if self._samples and bool(self._features) != (features is not None):
+            raise ValueError(f"{self._name}: some samples have features and some have none")
         if position <= self._last:
             raise ValueError(
                 f"{self._name}: position {position} comes after {self._last}; they must increase"
@@ -215,6 +250,8 @@ class ShardWriter:
         record = SampleRecord(key, class_index, finite, flag, *self._add(key, members))
         self._samples.append(_ENTRY(record.to_entry()))
         self._index.append(_index_line(record, self._extension))
+        if features is not None:
+            self._features.append(np.asarray(features, np.float16))
         self._last = position
 
     def reject(self, entry: Mapping[str, Any]) -> None:
@@ -235,7 +272,12 @@ class ShardWriter:
         self._drop_another_sidecar()
         self._stack.close()
         self._store.write(f"{self._name}.idx", _index_text(self._index))
-        self._store.write(f"{self._name}.json", self._sidecar())
+        features = None
+        if self._features:
+            data = _npy(np.stack(self._features))
+            self._store.write(f"{self._name}.npy", data)
+            features = FeaturesFile.of(data)
+        self._store.write(f"{self._name}.json", self._sidecar(features))
 
     def _add(self, key: str, members: Mapping[str, bytes]) -> list[Place]:
         places, parts, offset = [], [], self._offset
@@ -258,7 +300,7 @@ class ShardWriter:
             if self._digest.hexdigest().encode() not in self._store.read_range(name, 0, _HEAD):
                 self._store.delete(name)
 
-    def _sidecar(self) -> str:
+    def _sidecar(self, features: FeaturesFile | None) -> str:
         rest = f'"samples":[{",".join(self._samples)}],"rejected":[{",".join(self._rejected)}]}}\n'
         head = {
             "shard": f"{self._name}.tar",
@@ -266,9 +308,16 @@ class ShardWriter:
             "bytes": self._offset,
             "sha256": self._digest.hexdigest(),
             "extension": self._extension,
+            **({} if features is None else {"features": features._asdict()}),
             "rest": len(rest),
         }
         return f"{_ENTRY(head)[:-1]},{rest}"
+
+
+def _npy(rows: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, rows, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _finite(scores: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,7 +386,7 @@ def finished_shards(where: str | Path | Store, indices: Iterable[int] | None = N
             {index for name, index in shard_files(store.names()).items() if name.endswith(".json")}
         )
     wanted = list(indices)
-    names = [f"{shard_name(index)}{ending}" for index in wanted for ending in (".tar", ".json")]
+    names = [f"{shard_name(index)}{ending}" for index in wanted for ending in (".tar", ".npy", ".json")]
     sizes: Mapping[str, int | None]
     sizes = store.sizes() if len(wanted) > 1 else {name: store.size(name) for name in names}
     there = [i for i in wanted if all(sizes.get(f"{shard_name(i)}{ending}") for ending in (".tar", ".json"))]
@@ -352,8 +401,12 @@ def _info(store: Store, index: int, start: bytes, sizes: Mapping[str, int | None
     name = shard_name(index)
     try:
         head = json.loads(start[: max(cut, 1) - 1] + b"}")
-        info = ShardInfo(store, index, head["count"], head["bytes"], head["sha256"], head["extension"])
+        features = FeaturesFile(**head["features"]) if "features" in head else None
+        info = ShardInfo(
+            store, index, head["count"], head["bytes"], head["sha256"], head["extension"], features
+        )
         whole = head["shard"] == info.tar and sizes[f"{name}.json"] == cut + head["rest"]
+        whole = whole and (features is None or sizes.get(f"{name}.npy") == features.size)
     except (ValueError, KeyError, TypeError):
         return None
     return info if whole and sizes[f"{name}.tar"] == info.bytes and _plausible(info) else None

@@ -12,9 +12,7 @@ from ubgen.core.stage import read_manifest
 from ubgen.dataset.text import plain
 from ubgen.evaluate.results import Figure, Result, all_stored, predictions
 from ubgen.evaluate.tables import AVERAGE, TITLES, Grid, grids
-
-REPLICATES = 2000
-_AT_ONCE = 100  # replicates whose weights are in memory together
+from ubgen.measures.intervals import resampled_means
 
 
 class Units(NamedTuple):
@@ -25,7 +23,7 @@ class Units(NamedTuple):
     sums: np.ndarray
     """(N, S) float64: each unit's part of the sums."""
     statistic: Callable[[np.ndarray], np.ndarray]
-    """(R, S) -> (R,), in percent; NaN where it is undefined."""
+    """(R, S) -> (R,), in percent, of sums or of means; NaN where it is undefined."""
 
 
 @dataclass(frozen=True)
@@ -122,20 +120,16 @@ def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def paired(first: Units, second: Units, seed: int = 0) -> tuple[Figure, np.ndarray, int]:
     """The second's figure less the first's on the units that both have; replicates (R,); number of units.
 
-    Percentile bootstrap of 2,000 replicates, in which both get the same units. UserError if they share none.
+    Percentile bootstrap, in which both get the same units. UserError if they share none.
     """
     keys, a, b = np.intersect1d(first.keys, second.keys, assume_unique=True, return_indices=True)
     if not len(keys):
         raise UserError("they were evaluated on other test images")
-    pairs = [(first.statistic, first.sums[a]), (second.statistic, second.sums[b])]
-    before, after = (float(statistic(sums.sum(0, keepdims=True))[0]) for statistic, sums in pairs)
-    rng, drawn = np.random.default_rng(seed), []
-    for start in range(0, REPLICATES, _AT_ONCE):
-        count = min(_AT_ONCE, REPLICATES - start)
-        weights = rng.multinomial(len(keys), np.full(len(keys), 1 / len(keys)), count).astype(np.float64)
-        low, high = (statistic(weights @ sums) for statistic, sums in pairs)
-        drawn.append(high - low)
-    replicates = np.concatenate(drawn)
+    sides = ((first, first.sums[a]), (second, second.sums[b]))
+    means = resampled_means(np.concatenate([sums for _, sums in sides], axis=1), seed=seed)
+    before, after = (float(one.statistic(sums.sum(0, keepdims=True))[0]) for one, sums in sides)
+    width = first.sums.shape[1]
+    replicates = second.statistic(means[:, width:]) - first.statistic(means[:, :width])
     return _figure(after - before, replicates), replicates, len(keys)
 
 

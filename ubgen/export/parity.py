@@ -159,7 +159,7 @@ def pipeline_images(pipeline: Pipeline, real: RealInputs) -> Images:
 
 def scored(pipeline: Pipeline, real: RealInputs, pixels: Tensor) -> Images:
     """Images of the classes of `real`, scored by the engines."""
-    similarity, quality = pipeline.score(pixels.to(pipeline.device), pipeline.encode_photos(real.names))
+    similarity, quality, _ = pipeline.score(pixels.to(pipeline.device), pipeline.encode_photos(real.names))
     return Images(pixels.cpu(), similarity.cpu(), quality.cpu())
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,17 @@ from ubgen.rewards.clip_files import clip_tokenizer
 from ubgen.runtime.network import Network, run_rows
 
 NETWORKS = ("text_encoder", "unet", "vae_decoder", "clip_image", "clip_text", "qalign")
+
+
+class Scores(NamedTuple):
+    """Of N images."""
+
+    similarity: Tensor
+    """(N,) cosine similarity to "photo of {class}" in CLIP's space."""
+    quality: Tensor
+    """(N,) in [1, 5]."""
+    features: Tensor
+    """(N,D) CLIP image features, L2-normalised."""
 
 
 class Pipeline:
@@ -78,10 +89,11 @@ class Pipeline:
         """(N,H,W,3) uint8: the decoder's graph ends in bytes, so that no more than these leave the device."""
         return self._run("vae_decoder", "pixels", latents=latents)
 
-    def score(self, pixels: Tensor, photos: Tensor) -> tuple[Tensor, Tensor]:
-        """(N,) cosine similarity to `photos` (see `encode_photos`) in CLIP's space, and (N,) quality in [1, 5]."""
-        similarity = (self._run("clip_image", "features", pixels=pixels) * photos).sum(dim=-1)
-        return similarity, self._run("qalign", "score", pixels=pixels)
+    def score(self, pixels: Tensor, photos: Tensor) -> Scores:
+        """What CLIP and Q-Align say of each image; `photos` are the classes' features (see `encode_photos`)."""
+        features = self._run("clip_image", "features", pixels=pixels)
+        similarity = (features * photos).sum(dim=-1)
+        return Scores(similarity, self._run("qalign", "score", pixels=pixels), features)
 
     def same_bits(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Whether a row's result depends on the other rows of a call, tried on one call of every network.

@@ -24,21 +24,24 @@ from ubgen.synth.selection import BROKEN, Made
 @dataclass(frozen=True)
 class Scored:
     """A batch, filled up. `pixels` (B,H,W,3) uint8; the others (B,): `similarity` to "photo of {class}" in CLIP's
-    space, `quality` in [1, 5], whether the latents are `finite` and the image `constant` (of one colour)."""
+    space, `quality` in [1, 5], whether the latents are `finite` and the image `constant` (of one colour); and the CLIP
+    image `features` (B,D), L2-normalised."""
 
     pixels: Tensor
     similarity: Tensor
     quality: Tensor
     finite: Tensor
     constant: Tensor
+    features: Tensor
 
     def rows(self, count: int) -> list[Made]:
         """The first `count` images, `pixels` as views; waits for the device."""
         columns = (self.similarity, self.quality, self.finite, self.constant)
-        rows = zip(self.pixels, *(column.tolist() for column in columns), strict=True)
+        features = self.features.half().cpu().numpy()
+        rows = zip(self.pixels, features, *(column.tolist() for column in columns), strict=True)
         return [
-            Made(pixels, similarity, quality, None if finite and not constant else BROKEN[finite])
-            for pixels, similarity, quality, finite, constant in itertools.islice(rows, count)
+            Made(pixels, similarity, quality, None if finite and not constant else BROKEN[finite], row)
+            for pixels, row, similarity, quality, finite, constant in itertools.islice(rows, count)
         ]
 
 
@@ -114,7 +117,7 @@ class Generator:
 
     def score(self, items: Sequence[Item], latents: Tensor, pixels: Tensor) -> Scored:
         """What is known of each row, still on the device."""
-        similarity, quality = self._pipeline.score(pixels, self._photos[self._classes(items)])
+        similarity, quality, features = self._pipeline.score(pixels, self._photos[self._classes(items)])
         flat = pixels.flatten(1, 2)
         return Scored(
             pixels,
@@ -122,6 +125,7 @@ class Generator:
             quality,
             latents.flatten(1).isfinite().all(dim=1),
             (flat.amax(dim=1) == flat.amin(dim=1)).all(dim=1),
+            features,
         )
 
     def _filled(self, items: Sequence[Item]) -> list[Item]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,14 @@ BROKEN = ("not finite", "constant")
 @dataclass(frozen=True)
 class Made:
     """`pixels` (H,W,3) uint8, on the host unless they are encoded on a GPU; cosine similarity to "photo of {class}" in
-    CLIP's space; quality in [1, 5]; `broken` names why the image is none at all ("not finite", "constant")."""
+    CLIP's space; quality in [1, 5]; `broken` names why the image is none at all ("not finite", "constant"); CLIP image
+    `features` (D,) float16, L2-normalised."""
 
     pixels: Tensor
     clip_similarity: float
     quality: float
     broken: str | None = None
+    features: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from ubgen.synth.worker import EXHAUSTED_FILES
 
 LEDGER = "rejections.jsonl"
 _OWNS = (
-    *("shard-[0-9]*.tar", "shard-[0-9]*.idx", "shard-[0-9]*.json", SPEED_FILES, EXHAUSTED_FILES, LEDGER),
+    *("shard-[0-9]*.tar", "shard-[0-9]*.idx", "shard-[0-9]*.npy", "shard-[0-9]*.json"),
+    *(SPEED_FILES, EXHAUSTED_FILES, LEDGER),
     *("classes.json", "README.md", "croissant.json", "samples.csv", "*.png"),
 )
 
@@ -196,6 +197,7 @@ class _Run:
             _inputs(self.config),
             engine_key=self.engine["engine"]["key"],
             dataset={"images": plan.images, "shards": plan.shards, "classes": len(plan.classes)},
+            features={"files": "shard-*.npy", "of": "CLIP", "clip_hash": self._clip_hash()},
             stats=stats,
             speed=whole,
             **self._origin(),
@@ -261,6 +263,10 @@ class _Run:
         write_card(store, facts)
         write_croissant(store, facts)
         return stats
+
+    def _clip_hash(self) -> str:
+        """Of the CLIP directory that the engine was exported from."""
+        return str(self.engine.get("inputs", {}).get("clip", {}).get("hash", ""))
 
     def _origin(self) -> dict[str, str]:
         """Base model, as --base-model or the engine's manifest names it, and LoRA."""

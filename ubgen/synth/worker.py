@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -124,7 +124,8 @@ class Assembly:
                 shard.writer.reject(line)
             scores = {"clip_similarity": chosen.made.clip_similarity, "quality": chosen.made.quality}
             label = chosen.item.class_index
-            shard.writer.write(shard.next, data, label, self._meta(chosen), scores, chosen.flag)
+            meta, features = self._meta(chosen), chosen.made.features
+            shard.writer.write(shard.next, data, label, meta, scores, chosen.flag, features)
             shard.next += 1
 
     def _meta(self, chosen: Chosen) -> dict[str, Any]:
@@ -302,7 +303,7 @@ def _to_host(scored: Scored) -> Scored:
         return scored
     pinned = torch.empty(scored.pixels.shape, dtype=torch.uint8, pin_memory=True)
     pinned.copy_(scored.pixels, non_blocking=True)
-    return Scored(pinned, scored.similarity, scored.quality, scored.finite, scored.constant)
+    return replace(scored, pixels=pinned)
 
 
 def _times(steps: Steps, seconds: float) -> tuple[dict[str, float], dict[str, float]]:

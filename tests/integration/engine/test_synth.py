@@ -115,6 +115,8 @@ def test_images_and_scores_are_those_of_pytorch(dataset: Path, family: dict[str,
     stored = torch.tensor([[s.meta["clip_similarity"], s.meta["quality"]] for s in samples])
     assert (stored[:, 0] - similarity).abs().max() < 1e-4
     assert (stored[:, 1] - qalign.score(images)).abs().max() < 1e-4
+    features = torch.from_numpy(open_dataset(dataset).features()[:10]).float()
+    assert (features - torch.nn.functional.normalize(clip.encode_image(images))).abs().max() < 1e-3
 
 
 def test_batch_and_shards_do_not_change_the_images(

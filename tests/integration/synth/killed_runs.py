@@ -43,7 +43,7 @@ class FromIdentities:
     def score(self, items: Sequence[Item], latents: torch.Tensor, pixels: torch.Tensor) -> Scored:
         similarity, quality = latents[:, 0, 0, 0], 3 + latents[:, 1, 0, 0].clamp(-2, 2)
         ones = torch.ones(len(items), dtype=torch.bool)
-        return Scored(pixels, similarity, quality, ones, ~ones)
+        return Scored(pixels, similarity, quality, ones, ~ones, latents.flatten(1)[:, :4])
 
 
 def config(out: Path, engine: Path) -> SynthConfig:

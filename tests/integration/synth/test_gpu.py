@@ -49,6 +49,7 @@ def on_gpu(stand_ins: ModuleType) -> Any:
                 scored.quality,
                 scored.finite.to(self.device),
                 scored.constant.to(self.device),
+                scored.features.to(self.device),
             )
 
     return OnGpu()

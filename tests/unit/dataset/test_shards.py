@@ -31,6 +31,7 @@ from ubgen.dataset import (
     shard_files,
     write_classes,
 )
+from ubgen.dataset.tools.verify import verify
 
 SCORES = st.dictionaries(st.sampled_from(["quality", "clip_similarity"]), st.floats())
 TEXTS = st.one_of(
@@ -265,3 +266,45 @@ def test_the_mark_goes_where_the_formats_want_it() -> None:
     assert zlib.crc32(chunk[4 : 8 + length]) == int.from_bytes(chunk[8 + length : 12 + length], "big")
     with pytest.raises(ValueError, match="neither"):
         mark_synthetic(b"GIF89a")
+
+
+def featured(out: Path, rows: np.ndarray) -> None:
+    picture = np.zeros((8, 8, 3), np.uint8)
+    with Stage(out, "synth", {}).hold() as stage:
+        stage.begin()
+        write_classes(out, ["a"], ["a"], ["a"])
+        with ShardWriter(out, 0) as shard:
+            for position, row in enumerate(rows):
+                shard.write(position, picture, 0, {}, features=row)
+        stage.finish({}, dataset={"shards": 1, "images": len(rows)})
+
+
+def test_features_come_back_as_float16(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    featured(tmp_path / "with", rows)
+    assert np.array_equal(open_dataset(tmp_path / "with").features(), rows.astype(np.float16))
+    assert verify(tmp_path / "with").problems == []
+    (tmp_path / "without").mkdir()
+    plain_shard(tmp_path / "without")
+    assert finished_shard(tmp_path / "without", 0).read_features() is None
+    assert not (tmp_path / "without/shard-000000.npy").exists()
+
+
+def test_damaged_features_are_found(tmp_path: Path) -> None:
+    featured(tmp_path, np.ones((3, 4)))
+    file = tmp_path / "shard-000000.npy"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    assert finished_shard(tmp_path, 0) is None
+    file.write_bytes(whole[:-1] + b"!")
+    with pytest.raises(UserError, match=r"shard-000000\.npy is damaged"):
+        open_dataset(tmp_path).features()
+    assert [problem.shard for problem in verify(tmp_path).problems] == [0]
+
+
+def test_some_samples_without_features_are_refused(tmp_path: Path) -> None:
+    picture = np.zeros((8, 8, 3), np.uint8)
+    with ShardWriter(tmp_path, 0) as shard:
+        shard.write(0, picture, 0, {}, features=np.ones(3))
+        with pytest.raises(ValueError, match="some samples have features"):
+            shard.write(1, picture, 0, {})

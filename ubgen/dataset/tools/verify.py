@@ -167,6 +167,7 @@ def _check_shard(shard: ShardInfo | None, classes: int, decode: bool) -> _Shard:
         index = shard.store.read(f"{shard_name(shard.index)}.idx").decode()
         if index != index_of(sidecar.samples, shard.extension):
             result.problems.append("its .idx does not index the tar")
+        shard.read_features()
     except PermissionError:
         raise  # no damage to repair
     except UserError as error:
