@@ -262,8 +262,14 @@ class Stage:
         self.store.write(MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
 
 
+_COMMANDS = {
+    "convert": "ubgen-dataset convert",
+    "benchmarks": "python -m ubgen.miniature.world --write benchmarks",
+}
+
+
 def _command(stage: str) -> str:
-    return "ubgen-dataset convert" if stage == "convert" else f"ubgen-{stage}"
+    return _COMMANDS.get(stage, f"ubgen-{stage}")
 
 
 def _read_json(store: Store, name: str) -> dict[str, Any] | None:

@@ -3,8 +3,13 @@
 A `World` is a set of probability tables. In the fair world every factor is independent of the class; in the
 biased world background and surface texture follow the class with a stated strength, as they do in photographs
 from the web (a "boat" is mostly seen on water).
+
+    python -m ubgen.miniature.world --write benchmarks --out DIR
+
+writes the benchmarks of `ubgen.miniature.benchmarks`.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +29,6 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "white": (0.96, 0.96, 0.96), "black": (0.08, 0.08, 0.08),
 }  # fmt: skip
 _SUPERSAMPLE = 4
-_Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -112,24 +116,29 @@ def biased_world(scene_strength: float = 0.9, texture_strength: float = 0.7, **t
     return World(scene_given_class=scene, texture_given_class=texture, **tables)
 
 
-def _mask(f: Factors) -> np.ndarray:
-    """(64, 64) coverage of the object in [0, 1], antialiased by supersampling."""
+def outlines(f: Factors) -> tuple[np.ndarray, ...]:
+    """The object's outline and its holes, in pixels: polygons (N, 2) of x and y, where (0, 0) is the image's corner."""
     turn = np.deg2rad(f.angle)
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    canvas = Image.new("L", (SIZE * _SUPERSAMPLE,) * 2)
-    draw = ImageDraw.Draw(canvas)
     outline, holes = SHAPES[CLASSES[f.label]]
-    for points, fill in ((outline, 255), *((hole, 0) for hole in holes)):
-        placed = (points @ rotation * f.radius + (f.x, f.y)) * _SUPERSAMPLE
-        draw.polygon([tuple(p) for p in placed.tolist()], fill=fill)
+    return tuple(points @ rotation * f.radius + (f.x, f.y) for points in (outline, *holes))
+
+
+def coverage(f: Factors, size: int = SIZE) -> np.ndarray:
+    """(size, size) share of each pixel that the object covers, in [0, 1], by supersampling."""
+    canvas = Image.new("L", (size * _SUPERSAMPLE,) * 2)
+    draw = ImageDraw.Draw(canvas)
+    for points, fill in zip(outlines(f), (255, *[0] * len(SHAPES[CLASSES[f.label]][1])), strict=True):
+        draw.polygon([tuple(p) for p in (points * _SUPERSAMPLE).tolist()], fill=fill)
     return np.asarray(canvas.reduce(_SUPERSAMPLE), np.float32) / 255
 
 
-def _surface(f: Factors, rng: np.random.Generator) -> np.ndarray:
-    """(64, 64) in {0, 1}: where the darker tone of the object's texture lies, in the object's own axes."""
+def _surface(f: Factors, size: int, rng: np.random.Generator) -> np.ndarray:
+    """(size, size) in {0, 1}: where the darker tone of the object's texture lies, in the object's own axes."""
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32)
     turn = np.deg2rad(f.angle)
-    u = ((_X - f.x) * np.cos(turn) + (_Y - f.y) * np.sin(turn)) / 13 + rng.uniform()
-    v = ((_Y - f.y) * np.cos(turn) - (_X - f.x) * np.sin(turn)) / 13 + rng.uniform()
+    u = ((x - f.x) * np.cos(turn) + (y - f.y) * np.sin(turn)) / 13 + rng.uniform()
+    v = ((y - f.y) * np.cos(turn) - (x - f.x) * np.sin(turn)) / 13 + rng.uniform()
     texture = TEXTURES[f.texture]
     if texture == "striped":
         return (np.mod(u, 1) < 0.5).astype(np.float32)
@@ -137,31 +146,58 @@ def _surface(f: Factors, rng: np.random.Generator) -> np.ndarray:
         return (np.hypot(np.mod(u, 1) - 0.5, np.mod(v, 1) - 0.5) < 0.3).astype(np.float32)
     if texture == "checkered":
         return ((np.mod(u, 1) < 0.5) ^ (np.mod(v, 1) < 0.5)).astype(np.float32)
-    return np.zeros((SIZE, SIZE), np.float32)
+    return np.zeros((size, size), np.float32)
 
 
-def _visible(colour: np.ndarray, scene_HW3: np.ndarray) -> np.ndarray:
+def stands_out(colour: np.ndarray, mean: np.ndarray) -> bool:
+    """Whether an object of this colour can be seen on a background of this mean colour; both (3,) in [0, 1]."""
+    return bool(np.linalg.norm(colour - mean) >= 0.5)
+
+
+def _visible(colour: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Move the object's colour away from the background's mean until the outline can be seen."""
-    mean = scene_HW3.mean(axis=(0, 1))
-    away = colour - mean
-    distance = float(np.linalg.norm(away))
-    if distance >= 0.5:
+    if stands_out(colour, mean):
         return colour
+    distance = float(np.linalg.norm(colour - mean))
     towards = 1.0 if mean.mean() < 0.5 else 0.0
     return colour + (towards - colour) * min(1.0, 0.5 - distance + 0.25)
+
+
+def object_layer(
+    f: Factors, away_from: np.ndarray, rng: np.random.Generator, size: int = SIZE
+) -> tuple[np.ndarray, np.ndarray]:
+    """The object of `f` alone: its surface (size, size, 3), and the share of each pixel that it covers (size, size, 1).
+
+    Its colour keeps away from `away_from`, (3,), the mean colour of the background. All values are in [0, 1].
+    """
+    base = np.array(list(COLOURS.values())[f.colour], np.float32) + rng.normal(0, 0.03, 3).astype(np.float32)
+    base = _visible(np.clip(base, 0, 1), away_from)
+    dark = base * 0.68 if base.mean() > 0.3 else base * 0.7 + 0.25
+    tone = _surface(f, size, rng)[..., None]
+    return (1 - tone) * base + tone * dark, coverage(f, size)[..., None]
+
+
+def blend(scene_HW3: np.ndarray, layer: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """The scene with an `object_layer` on it."""
+    surface, mask = layer
+    return (1 - mask) * scene_HW3 + mask * surface
+
+
+def to_pixels(picture: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] as uint8."""
+    return np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
 
 
 def render(f: Factors, rng: np.random.Generator) -> np.ndarray:
     """Picture of the given factors, uint8 (64, 64, 3); `rng` fills in what the factors leave open."""
     scene = BACKGROUNDS[SCENES[f.scene]](rng)
-    base = np.array(list(COLOURS.values())[f.colour], np.float32) + rng.normal(0, 0.03, 3).astype(np.float32)
-    base = _visible(np.clip(base, 0, 1), scene)
-    dark = base * 0.68 if base.mean() > 0.3 else base * 0.7 + 0.25
-    tone = _surface(f, rng)[..., None]
-    mask = _mask(f)[..., None]
-    picture = (1 - mask) * scene + mask * ((1 - tone) * base + tone * dark)
-    pixels = np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
-    return quality.degrade(pixels, f.kind, f.severity, rng)
+    picture = blend(scene, object_layer(f, scene.mean(axis=(0, 1)), rng))
+    return quality.degrade(to_pixels(picture), f.kind, f.severity, rng)
+
+
+def stream(seed: int, name: str, index: int) -> np.random.Generator:
+    """Random numbers of one picture of the data set `name`: they depend on nothing else."""
+    return np.random.default_rng((seed, zlib.crc32(name.encode()), index))
 
 
 def render_many(world: World, count: int, seed: int) -> tuple[np.ndarray, list[Factors]]:
@@ -173,3 +209,9 @@ def render_many(world: World, count: int, seed: int) -> tuple[np.ndarray, list[F
         factors.append(world.draw(rng))
         images[i] = render(factors[-1], rng)
     return images, factors
+
+
+if __name__ == "__main__":
+    from ubgen.miniature.benchmarks import main  # which imports this module
+
+    main()
