@@ -12,7 +12,7 @@ SIZE = 64
 
 
 class Background(Protocol):
-    """Draws a scene: (size, size, 3) float32 in [0, 1]. `size` is a multiple of 64."""
+    """Draws a scene: (size, size, 3) in [0, 1]. `size` is a multiple of 64."""
 
     def __call__(self, rng: np.random.Generator, size: int = SIZE) -> np.ndarray: ...
 

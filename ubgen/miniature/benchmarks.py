@@ -4,7 +4,7 @@
 
 | directory | stands in for | what it holds |
 | --- | --- | --- |
-| novel-class, -texture, -colour, -background, -count, -rotation | Table 1's datasets | image folders `train/`, `test/` |
+| novel-class, -texture, -colour, -background, -count, -rotation | Table 1's datasets | `train/` and `test/` |
 | train-fair, train-biased, val-fair, val-biased | ImageNet | image folders of the ten classes of the generator |
 | cue-conflict | the images of Geirhos et al. | shape of one class, context of another: `disc/disc1-square1.png` |
 | focus | FOCUS | `annotations.db` and images in common and uncommon contexts |
@@ -19,7 +19,7 @@ picture depends on the seed, its dataset and its number alone; `--scale` changes
 
 import io
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -138,7 +138,7 @@ def _in_context(
     return pixels, "night" if "time" in odd else "day", TEXTURES[texture], [SCENES[p] for p in places]
 
 
-def _database(rows: list[tuple[str, ...]]) -> bytes:
+def _database(rows: Sequence[tuple[str, ...]]) -> bytes:
     """An SQLite file with the table of the release."""
     with sqlite3.connect(":memory:") as db:
         columns = (
@@ -267,7 +267,7 @@ class WriteConfig:
     seed: int = 0
     """Each picture depends on the seed, its dataset and its number alone."""
     scale: float = 1.0
-    """How many pictures, as a factor: 1 writes about 25,000, 0.1 a tenth of that."""
+    """How many pictures, as a factor: 1 writes about 28,000, 0.1 a tenth of that."""
 
 
 def write(config: WriteConfig, console: Console | None = None) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from ubgen.miniature import quality
 from ubgen.miniature.backgrounds import BACKGROUNDS, SIZE
-from ubgen.miniature.shapes import CLASSES, NOVEL_CLASSES
+from ubgen.miniature.shapes import CLASSES, NOVEL_CLASSES, SHAPES
 from ubgen.miniature.world import (
     COLOURS,
     SCENES,
@@ -25,6 +25,8 @@ _UPRIGHT = tuple(CLASSES.index(name) for name in ("drop", "house", "pine", "fish
 """Novel classes that look different in each of four quarter turns."""
 _BROAD = tuple(label for label in _NOVEL if CLASSES[label] not in ("bolt", "key"))
 """Novel classes on which there is room to see a texture."""
+_REACH = max(float(np.hypot(*SHAPES[name][0].T).max()) for name in NOVEL_CLASSES)
+"""How far an object of radius 1 reaches from its centre."""
 _SCENE_COLOURS = tuple(draw(np.random.default_rng(0)).mean(axis=(0, 1)) for draw in BACKGROUNDS.values())
 
 
@@ -58,12 +60,16 @@ def _by_count(label: int, rng: np.random.Generator) -> tuple[Factors, ...]:
     """One to five objects of a class that do not touch. All are small, so that their area does not tell the number."""
     first = _novel(rng)
     first = replace(first, severity=first.severity / 2)
-    places = apart(rng, label + 1, (6.0, 10.0), SIZE)
     return tuple(
         replace(
-            first, x=x, y=y, radius=radius, angle=rng.uniform(-20, 20), colour=int(rng.integers(len(COLOURS)))
+            first,
+            x=x,
+            y=y,
+            radius=reach / _REACH,
+            angle=rng.uniform(-20, 20),
+            colour=int(rng.integers(len(COLOURS))),
         )
-        for x, y, radius in places
+        for x, y, reach in apart(rng, label + 1, (6.0 * _REACH, 9.5 * _REACH), SIZE)
     )
 
 

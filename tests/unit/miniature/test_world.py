@@ -1,10 +1,13 @@
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ubgen.core.classes import load_classes
 from ubgen.miniature import quality
+from ubgen.miniature.backgrounds import BACKGROUNDS
 from ubgen.miniature.shapes import CLASSES, NOVEL_CLASSES, TRAIN_CLASSES
 from ubgen.miniature.world import SCENES, Factors, biased_scene, biased_world, fair_world, render, render_many
 
@@ -20,6 +23,25 @@ def test_a_picture_depends_on_seed_and_index_alone() -> None:
     assert factors[:5] == same
     other, _ = render_many(biased_world(), 5, seed=4)
     assert not np.array_equal(few, other)
+
+
+def test_the_renderer_draws_what_the_shipped_networks_were_trained_on() -> None:
+    golden = np.asarray(Image.open(Path(__file__).parents[2] / "golden/miniature/world.png")).astype(int)
+    worlds = (fair_world(severity_range=(0.0, 1.0)), biased_world())
+    now = np.vstack([np.hstack(list(render_many(world, 8, seed=5)[0])) for world in worlds])
+    # sines of another processor may differ in the last bit, and so may a rounding
+    assert np.abs(now - golden).max() <= 1
+    assert (now != golden).mean() < 1e-3
+
+
+def test_a_large_background_shows_more_at_the_same_grain() -> None:
+    for name, draw in BACKGROUNDS.items():
+        small, large = draw(np.random.default_rng(0)), draw(np.random.default_rng(0), 128)
+        assert large.shape == (128, 128, 3)
+        assert large.min() >= 0
+        assert large.max() <= 1
+        grain = [np.abs(np.diff(picture, axis=axis)).mean() for picture in (small, large) for axis in (0, 1)]
+        assert grain[2:] == pytest.approx(grain[:2], abs=0.012), name
 
 
 def test_the_biased_world_ties_background_to_class_at_the_stated_strength() -> None:
