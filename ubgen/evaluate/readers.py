@@ -195,18 +195,15 @@ def array_set(images_NHW: np.ndarray, labels_N: np.ndarray, classes: Sequence[st
 
 def image_folder(directory: Path) -> Parts:
     """train/, test/ and perhaps val/, each with one directory for each class."""
-    found = {
-        part: open_image_set(directory / part)
-        for part in ("train", "val", "test")
-        if (directory / part).is_dir()
-    }
+    present = [part for part in ("train", "val", "test") if (directory / part).is_dir()]
+    found = {part: open_image_set(directory / part) for part in present}
     for part, images in found.items():
         if images.kind != "folders":
             raise UserError(f"{directory / part} must hold one directory of images for each class")
-    training = found["train"]
-    if "val" not in found:
-        found["trainval"] = found.pop("train")
-    return {part: _moved_up(matched(images, training), directory, part) for part, images in found.items()}
+    moved = {
+        part: _moved_up(matched(images, found["train"]), directory, part) for part, images in found.items()
+    }
+    return moved if "val" in moved else {"trainval": moved["train"], "test": moved["test"]}
 
 
 def _moved_up(images: ImageSet, directory: Path, part: str) -> ImageSet:

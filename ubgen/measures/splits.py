@@ -29,18 +29,18 @@ def stratified_validation(labels: ArrayLike, share: float, seed: int) -> np.ndar
         raise UserError(f"the share of validation images must be above 0 and below 1, not {share}")
     sizes = _class_sizes(labels)
     counts = np.maximum(np.floor(share * sizes + _ROUNDING), 1)
-    return draw_per_class(labels, np.minimum(counts, sizes - 1), seed)
+    return draw_per_class(labels, np.minimum(counts, sizes - 1), seed, stream=1)
 
 
-def draw_per_class(labels: ArrayLike, counts: ArrayLike, seed: int) -> np.ndarray:
+def draw_per_class(labels: ArrayLike, counts: ArrayLike, seed: int, *, stream: int = 0) -> np.ndarray:
     """Sorted indices of `counts` samples of each class, or all of a class that has fewer.
 
     `counts` is one number, or one for each class in sorted order. For one seed a draw with smaller counts is a subset
-    of a draw with larger ones. The random numbers are those of Philox, whose raw stream NumPy keeps the same from
-    version to version.
+    of a draw with larger ones; draws of different streams are independent. The random numbers are those of Philox,
+    whose raw stream NumPy keeps the same from version to version.
     """
     classes = _classes(labels)
-    raw = np.random.Philox(np.random.SeedSequence(seed % 2**64)).random_raw(len(classes))
+    raw = np.random.Philox(np.random.SeedSequence(seed % 2**64, spawn_key=(stream,))).random_raw(len(classes))
     order = np.lexsort((raw, classes))
     sizes = np.bincount(classes)
     rank = np.arange(len(classes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
