@@ -66,7 +66,7 @@ def units(result: Result, columns: Mapping[str, np.ndarray]) -> dict[str, Units]
             {name: column[columns["fraction"] == share] for name, column in columns.items()}
             for share in shares
         )
-        return {f"{share:.0%}": _accuracy(part) for share, part in zip(shares, parts, strict=True)}
+        return {f"{100 * share:g} %": _accuracy(part) for share, part in zip(shares, parts, strict=True)}
     return {"": _accuracy(columns)}
 
 

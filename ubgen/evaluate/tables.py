@@ -1,7 +1,7 @@
 """Tables of results: one row for each backbone, and the paper's rows in a table of their own below."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -116,10 +116,6 @@ def paper() -> dict[str, Any]:
     return tables
 
 
-def tables_writer(name: str, path: str) -> Callable[[Path, Sequence[Result]], None]:
-    """Writes a directory's results as Markdown to the file `path` in it; the row is called `name`."""
-
-    def write(out: Path, results: Sequence[Result]) -> None:
-        atomic_write(out / path, "\n".join(grid.markdown() for grid in grids({name: results})))
-
-    return write
+def write_tables(path: Path, results: Mapping[str, Sequence[Result]]) -> None:
+    """The tables of some backbones' results as a Markdown file."""
+    atomic_write(path, "\n".join(grid.markdown() for grid in grids(results)))
