@@ -5,6 +5,7 @@ A mapping is a JSON file, shipped as `ubgen/data/benchmarks/<benchmark>-<class l
     {"benchmark": "cue-conflict",       "cue-conflict", "focus" or "in9"
      "class_list": "imagenet1k",        the class list whose ids are meant
      "source": "...", "source_commit": "...", "licence": "...",
+     "images": 1280,                    released images (of IN-9, in each variant); may be missing
      "attributes": {"time": ["day", "night", "none"], "weather": [...], "locations": [...]},       only of FOCUS
      "categories": {
        "truck": {"class_ids": ["n02701002", ...],
@@ -52,6 +53,13 @@ class LabelMapping:
     categories: tuple[Category, ...]
     attributes: Mapping[str, tuple[str, ...]]
     """Of FOCUS: every value that each of ATTRIBUTES can take. Empty for the others."""
+    images: int | None = None
+    """Released images, of IN-9 in each variant; None where that is not fixed."""
+
+    @property
+    def name(self) -> str:
+        """As `load_mapping` knows it, if it is a shipped one."""
+        return f"{self.benchmark}-{self.class_list}"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -138,7 +146,10 @@ def _parsed(content: Mapping[str, Any]) -> LabelMapping:
             if owner.setdefault(class_id, category.name) != category.name:
                 raise ValueError(f"class {class_id!r} is in {owner[class_id]!r} and in {category.name!r}")
     texts = {key: str(content[key]) for key in ("benchmark", "class_list", "source", "licence")}
-    return LabelMapping(**texts, categories=categories, attributes=attributes)
+    images = content.get("images")
+    if images is not None and not (isinstance(images, int) and images > 0):
+        raise ValueError(f"images must be a positive number, not {images!r}")
+    return LabelMapping(**texts, categories=categories, attributes=attributes, images=images)
 
 
 def _category(name: str, entry: Mapping[str, Any], attributes: Mapping[str, Sequence[str]]) -> Category:

@@ -135,6 +135,15 @@ def open_image_set(where: str | Path | Store | ImageSet, classes: str | None = N
     return found
 
 
+def listed_files(
+    root: Path, class_ids: Sequence[str], labels: Sequence[int] | np.ndarray, names: Iterable[str]
+) -> ImageSet:
+    """Image files by their names below `root`, in the order given."""
+    labels = np.asarray(labels, np.int32)
+    empty = np.empty((0, 3), np.int64)
+    return ImageSet(LocalStore(root), "folders", tuple(class_ids), labels, Strings(names), (), empty)
+
+
 def require_class_count(data: ImageSet, wanted: int | None) -> None:
     """UserError unless the dataset has the number of classes that the user expects."""
     if wanted is not None and wanted != len(data.class_ids):

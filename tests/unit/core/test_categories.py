@@ -86,7 +86,7 @@ def test_folders_and_uncommon_values():
 @pytest.mark.parametrize("name", shipped_mappings())
 def test_every_shipped_mapping_fits_its_class_list(name):
     mapping = load_mapping(name)
-    assert name == f"{mapping.benchmark}-{mapping.class_list}"
+    assert name == mapping.name
     assert mapping.missing(load_classes(mapping.class_list).ids) == []
     assert mapping.source
     assert mapping.licence
@@ -136,6 +136,7 @@ def test_a_users_own_file(tmp_path):
         (json.dumps(mapping(categories={"x": {"class_ids": [1]}})), "category 'x' needs class ids"),
         (json.dumps(mapping(categories={"x": {"class_ids": []}})), "category 'x' needs class ids"),
         (json.dumps(mapping(categories={"x": {"class_ids": ["a"]}})), "needs the key 'uncommon'"),
+        (json.dumps(mapping(images="20")), "images must be a positive number, not '20'"),
         (json.dumps(mapping(attributes={"time": []})), "attributes must be time, weather, locations"),
         (
             json.dumps(mapping(attributes={"time": ["day"], "weather": [], "locations": []})),

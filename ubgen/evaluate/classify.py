@@ -1,0 +1,84 @@
+"""What a backbone's own classifier says of images, and the categories in which a benchmark puts its classes."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+
+from ubgen.core.categories import LabelMapping, mapping_for
+from ubgen.core.console import Report
+from ubgen.core.errors import UserError, warn
+from ubgen.evaluate.backbone import Backbone
+from ubgen.evaluate.results import Figure
+from ubgen.loading.imageset import IMAGE_ENDINGS
+from ubgen.loading.settings import Loader
+from ubgen.measures.bias import Interval, wilson
+
+OUTSIDE = "outside"
+"""A prediction in none of a benchmark's categories."""
+
+
+class How(TypedDict, total=False):
+    """How logits are computed; none of it changes them. As in `ubgen.evaluate.extract.extract`, with its defaults."""
+
+    cache: Path | None
+    batch_size: int
+    threads: int
+    loader: Loader
+    report: Report
+
+
+def known_classes(backbone: Backbone) -> tuple[str, ...]:
+    """What the backbone's logits mean. UserError where nothing says so."""
+    if backbone.class_ids is None:
+        raise UserError(
+            f"backbone {backbone.name}: nothing says which classes its {backbone.outputs} outputs are; name them with "
+            "--classes, a class list or a file with one class id a line"
+        )
+    return backbone.class_ids
+
+
+def mapping_of(benchmark: str, backbone: Backbone) -> LabelMapping:
+    """The benchmark's mapping that fits the backbone's classes; see `mapping_for`."""
+    try:
+        return mapping_for(benchmark, known_classes(backbone))
+    except UserError as error:
+        raise UserError(f"{backbone.name}: {error}") from None
+
+
+def most_likely(logits_NK: np.ndarray, mapping: LabelMapping, class_ids: Sequence[str]) -> dict[str, Any]:
+    """The largest of all logits, and its category: columns "predicted" (a category or "outside") and "class"."""
+    numbers, first = mapping.numbers(class_ids), logits_NK.argmax(axis=1)
+    names = np.array([*mapping.names, OUTSIDE])  # -1 is the last one
+    return {"predicted": names[numbers[first]], "class": np.array(class_ids)[first]}
+
+
+def images_in(directory: Path) -> list[str]:
+    """Sorted names of the image files in a directory. UserError if there is none, or no directory."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is missing")
+    names = sorted(
+        entry.name for entry in os.scandir(directory) if entry.name.lower().endswith(IMAGE_ENDINGS)
+    )
+    if not names:
+        raise UserError(f"{directory} holds no image")
+    return names
+
+
+def warn_of_size(root: Path, found: int, mapping: LabelMapping) -> None:
+    """Figures on a part of a benchmark are not comparable with those on all of it."""
+    if mapping.images is not None and found != mapping.images:
+        warn(f"{root} holds {found:,} images; released are {mapping.images:,}")
+
+
+def accuracy(correct: np.ndarray) -> Figure:
+    """Percent, with Wilson's interval; undefined without an image."""
+    value = 100 * float(correct.mean()) if len(correct) else None
+    return figure(value, wilson(int(correct.sum()), len(correct)))
+
+
+def figure(value: float | None, interval: Interval | None, unit: str = "%") -> Figure:
+    low, high = interval or (None, None)
+    return Figure(value, low, high, unit)
