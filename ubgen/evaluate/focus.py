@@ -7,7 +7,7 @@ character more than the path below <root>.
 
 import sqlite3
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Unpack
 from urllib.parse import quote
@@ -21,7 +21,6 @@ from ubgen.evaluate.classify import How, accuracy, figure, known_classes, most_l
 from ubgen.evaluate.extract import extract
 from ubgen.evaluate.readers import require_files
 from ubgen.evaluate.results import Result
-from ubgen.loading.decode import EvaluationTransform
 from ubgen.loading.imageset import ImageSet, listed_files
 from ubgen.measures.bias import context_score
 
@@ -72,9 +71,11 @@ def focus(
     """CB_avg (Eq. 9, Table 3), the same over k = 1, 2, and each partition's accuracy.
 
     Images are resized (bilinear) to a shorter side of the backbone's input size, and cut to a square in the middle. The
-    largest of all logits is the decision; it is right if its class is one of the category's.
+    largest of all logits is the decision; it is right if its class is one of the category's. As in the released code, a
+    JPEG that ends early is taken as far as it goes.
     """
-    transform = EvaluationTransform(backbone.image_size, 1.0, backbone.mean, backbone.std, "bilinear")
+    transform = replace(backbone.transform(), interpolation="bilinear", strict=False)
+    how["loader"] = "threads"  # DALI refuses incomplete images
     logits = extract(backbone, data.images, transform, kind="logits", **how)
     decided = most_likely(logits, data.mapping, known_classes(backbone))
     labels = np.array(data.mapping.names)[data.images.labels]

@@ -64,7 +64,7 @@ def open_backgrounds(root: Path, mapping: LabelMapping) -> Backgrounds:
         shared = len(np.intersect1d(same, rand))
         warn(
             f"{root}: by their names, only {shared:,} foregrounds are in both of mixed_same ({len(same):,} images) and "
-            f"mixed_rand ({len(rand):,}), or some are there twice; the gap's interval is the wider one of unpaired images"
+            f"mixed_rand ({len(rand):,}), or some are there twice; the gap's interval is that of unpaired images"
         )
     for variant in VARIANTS:
         warn_of_size(root / variant, len(of[variant]), mapping)

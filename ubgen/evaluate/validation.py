@@ -123,4 +123,4 @@ def _with_classes(found: ImageSet, wanted: tuple[str, ...], where: Path, *, part
         return replace(found, class_ids=wanted, labels=renumbered.astype(np.int32))
     root = found.store.local_path
     assert root is not None  # of image folders
-    return listed_files(root, wanted, renumbered[kept], (found.keys[i] for i in kept))
+    return listed_files(root, wanted, renumbered[kept], (found.keys[i] for i in kept.tolist()))

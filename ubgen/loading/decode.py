@@ -24,20 +24,20 @@ class BrokenSample(UserError):
     """An image that cannot be used; the message names it."""
 
 
-def decode(data: bytes, shrink_to: int = 0) -> np.ndarray:
+def decode(data: bytes, shrink_to: int = 0, *, strict: bool = True) -> np.ndarray:
     """HW3 uint8 of an encoded image, upright: an orientation in EXIF is applied.
 
     Grey, palette and CMYK images become RGB; 16-bit greys are scaled to 8 bits; transparency is dropped, as by
     `Image.convert`. With `shrink_to`, a JPEG may come at a half, a quarter or an eighth of its size, with its shorter
-    side still at least that long. Exceptions of many kinds for what is not a whole image.
+    side still at least that long. Exceptions of many kinds for what is not a whole image; without `strict`, a JPEG that
+    ends early, or has other faults that libjpeg can bridge, is taken as far as it goes.
     """
     if (size := image_size(data)) is None:
         return _decode_by_pillow(data)
     height, width = size
     scale = _scale(height, width, shrink_to)
-    return simplejpeg.decode_jpeg(
-        data, "RGB", min_height=-(-height // scale), min_width=-(-width // scale), min_factor=scale
-    )
+    smallest = {"min_height": -(-height // scale), "min_width": -(-width // scale), "min_factor": scale}
+    return simplejpeg.decode_jpeg(data, "RGB", **smallest, strict=strict)
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:
@@ -107,10 +107,12 @@ class EvaluationTransform:
     """Of values in [0, 1]."""
     std: tuple[float, float, float] = STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    strict: bool = True
+    """Whether a JPEG that ends early is refused, as in `decode`; DALI does not know this."""
 
     def __call__(self, data: bytes, seed: int = 0) -> np.ndarray:
         """3HW float32; nothing is random."""
-        image = Image.fromarray(decode(data))
+        image = Image.fromarray(decode(data, strict=self.strict))
         width, height = image.size
         image = image.resize(self._resized(height, width)[::-1], Image.Resampling[self.interpolation.upper()])
         left, top = (round((side - self.size) / 2) for side in image.size)
