@@ -32,6 +32,10 @@ class How(TypedDict, total=False):
 
 def known_classes(backbone: Backbone) -> tuple[str, ...]:
     """What the backbone's logits mean. UserError where nothing says so."""
+    if not backbone.outputs:
+        raise UserError(
+            f"backbone {backbone.name}: its weights hold no classifier, so it cannot name classes"
+        )
     if backbone.class_ids is None:
         raise UserError(
             f"backbone {backbone.name}: nothing says which classes its {backbone.outputs} outputs are; name them with "
