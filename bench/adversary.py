@@ -94,7 +94,7 @@ def base_features(config: TrainConfig, batches: int) -> tuple[Tensor, Tensor]:
         batch = draw_batch(
             config, classes.names, state.sd.latent_shape(), "warmup", update, 32, rank=0, processes=1
         )
-        found, _ = warmup_features(state, config, batch)
+        found, _ = warmup_features(state, config, [batch])
         features.append(found)
         labels.append(batch.classes_B)
     return torch.cat(features), torch.cat(labels)

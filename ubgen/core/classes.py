@@ -29,6 +29,11 @@ class ClassList:
         return len(self.ids)
 
 
+def compared(name: str) -> str:
+    """What two class names are compared by: case and spacing do not count, as CLIP reads neither."""
+    return " ".join(name.lower().split())
+
+
 def shipped_lists() -> list[str]:
     """Names that `load_classes` knows without a file."""
     return sorted(path.stem for path in _DATA.glob("*.txt"))

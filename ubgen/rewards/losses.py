@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ubgen.core.classes import compared
 from ubgen.core.errors import UserError
 
 GanLoss = Literal["nonsaturating", "saturating"]
@@ -33,9 +34,7 @@ def draw_negatives(
     UserError when no class has another name.
     """
     first: dict[str, int] = {}
-    name_id = torch.tensor(
-        [first.setdefault(" ".join(name.lower().split()), i) for i, name in enumerate(names)]
-    )
+    name_id = torch.tensor([first.setdefault(compared(name), i) for i, name in enumerate(names)])
     own = class_idx.detach().cpu()
     allowed = name_id[None, :] != name_id[own][:, None]
     if not bool(allowed.any(dim=1).all()):

@@ -50,7 +50,10 @@ def draw_batch(
     rollout = config.rollout
     return Batch(
         classes_B=classes,
-        negatives_B=_negatives(config.seed, names, classes, phase, positions),
+        # only the entire alignment loss needs them
+        negatives_B=_negatives(config.seed, names, classes, phase, positions)
+        if config.losses.entire > 0
+        else classes,
         latents=torch.stack([n[0] for n in noise]),
         step_noise=torch.stack([n[1:] for n in noise], dim=1),
         grad_steps=draw_training_steps(rollout.steps, rollout.grad_steps, start, rollout.sampler),
@@ -70,8 +73,6 @@ def _image_noise(config: TrainConfig, shape: tuple[int, int, int], phase: str, p
 
 
 def _negatives(seed: int, names: tuple[str, ...], classes_B: Tensor, phase: str, positions: range) -> Tensor:
-    if len(set(names)) < 2:
-        return classes_B  # only the entire alignment loss needs them, and it refuses such a list when set up
     drawn = [
         draw_negatives(classes_B[i : i + 1], names, hashed_generator("negative", seed, phase, position))
         for i, position in enumerate(positions)

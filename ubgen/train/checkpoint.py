@@ -19,8 +19,9 @@ DISCRIMINATOR_FILE = "discriminator.safetensors"
 STATE_FILE = "state.pt"
 
 
-def save_checkpoint(directory: Path, state: TrainState, done: int, keep: int) -> Path:
-    """Write `directory`/<done>/: the weights, the optimisers, the loss scale, the running means; then drop old ones.
+def save_checkpoint(directory: Path, state: TrainState, done: int, warmup: int, keep: int) -> Path:
+    """Write `directory`/<done>/: the weights, the optimisers, the loss scale, the running means; then drop
+    all but the newest `keep`, or none for 0.
 
     The files are written under a temporary name first, so a failure (a full disk, a kill) leaves the earlier
     checkpoints as they were.
@@ -31,13 +32,13 @@ def save_checkpoint(directory: Path, state: TrainState, done: int, keep: int) ->
     try:
         temporary.mkdir()
         save_weights(temporary, state)
-        atomic_write(temporary / STATE_FILE, _state_bytes(state, done))
+        atomic_write(temporary / STATE_FILE, _state_bytes(state, done, warmup))
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in list_checkpoints(directory)[:-keep]:
+    for old in list_checkpoints(directory)[:-keep] if keep else []:
         shutil.rmtree(old)
     return final
 
@@ -55,8 +56,11 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("[0-9]*") if (path / STATE_FILE).is_file())
 
 
-def restore_checkpoint(path: Path, state: TrainState) -> int:
-    """Put everything back as it was; returns the number of updates done. UserError for a damaged checkpoint."""
+def restore_checkpoint(path: Path, state: TrainState) -> tuple[int, int]:
+    """Put everything back as it was; returns the updates done, and the warm-up's length as far as it was known.
+
+    UserError for a damaged checkpoint.
+    """
     # to the host: what is loaded below goes where its network lies, and the optimisers count on the host
     saved = _readable(path, lambda: torch.load(path / STATE_FILE, map_location="cpu", weights_only=True))
     restore_lora(state.sd.unet, path / LORA_FILE)
@@ -64,7 +68,7 @@ def restore_checkpoint(path: Path, state: TrainState) -> int:
         state.adversary.load_state_dict(_readable(path, lambda: load_file(path / DISCRIMINATOR_FILE)))
     for name, part in _stateful(state).items():
         part.load_state_dict(saved[name])
-    return int(saved["done"])
+    return int(saved["done"]), int(saved["warmup"])
 
 
 def _readable(checkpoint: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -91,6 +95,7 @@ def _stateful(state: TrainState) -> dict[str, Any]:
     parts = {
         "generator_optimizer": state.generator_optimizer,
         "discriminator_optimizer": state.adversary and state.adversary.optimizer,
+        "discriminator_health": state.adversary and state.adversary.health,
         "scaler": state.scaler,
         "average": state.average,
         "rise": state.rise,
@@ -98,7 +103,8 @@ def _stateful(state: TrainState) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _state_bytes(state: TrainState, done: int) -> bytes:
+def _state_bytes(state: TrainState, done: int, warmup: int) -> bytes:
     buffer = io.BytesIO()
-    torch.save({"done": done, **{name: part.state_dict() for name, part in _stateful(state).items()}}, buffer)
+    parts = {name: part.state_dict() for name, part in _stateful(state).items()}
+    torch.save({"done": done, "warmup": warmup, **parts}, buffer)
     return buffer.getvalue()

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from ubgen.core.config import require_directory, resolve_path, to_dict
 from ubgen.core.errors import UserError
 
+PAPER_BATCH = 32
+"""Images per update in the authors' run: eight GPUs with four each."""
 _MAY_BE_ZERO = {
     "losses.entire",
     "losses.individual",
@@ -22,6 +24,7 @@ _MAY_BE_ZERO = {
     "discriminator.warmup_epochs",
     "discriminator.warmup_updates",
     "output.grid_every",
+    "output.keep_checkpoints",
 }
 _PAIRS = {"generator.betas", "discriminator.betas", "losses.entire_rise"}  # have rules of their own
 _MAY_BE_NEGATIVE = {"seed", "rollout.guidance", "discriminator.slope"}
@@ -42,6 +45,8 @@ class NetworkPaths:
     """CLIP as an open_clip directory, or as a transformers directory such as openai/clip-vit-large-patch14."""
     qalign: str
     """Q-Align with config.json and the public checkpoint's weights."""
+    qalign_offload: bool = False
+    """Keep Q-Align's layers in the host's memory and bring each to the GPU when its turn comes: 15 GB less there."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,9 @@ class RolloutConfig:
     """Stop the gradient at the UNet's latent input (the remedy if gradients blow up)."""
     gradient_checkpointing: bool = True
     """Recompute the activations of UNet, decoder and Q-Align in the backward pass: less memory, more time."""
+    score_batch: int | None = None
+    """Images decoded and shown to CLIP at a time; the gradient is the same. None: 1 on a GPU, for its memory, and all
+    on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,10 @@ class DiscriminatorConfig:
     """Passes over the class list in which the discriminator trains alone, at twice the batch size."""
     warmup_updates: int | None = None
     """Length of that phase in updates; replaces warmup_epochs."""
+    warmup_until: float | None = None
+    """Go on with that phase until the discriminator's accuracy on held-back features is this (0.5 to 1)."""
+    warmup_limit: float = 10.0
+    """With warmup_until: the longest that phase may be, as a multiple of its set length."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +164,7 @@ class OutputConfig:
     checkpoint_every: int = 50
     """Updates between checkpoints (the warm-up's count too)."""
     keep_checkpoints: int = 3
-    """Checkpoints to keep."""
+    """Checkpoints to keep, the newest; 0 keeps all."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +179,10 @@ class TrainConfig:
     description: str = "photo of {name}"
     """Text that an image is compared with in the individual alignment loss."""
     batch_size: int = 4
-    """Images per update and process."""
+    """Images per update, process and accumulation."""
+    accumulate: int | Literal["auto"] = 1
+    """Batches per update and process, whose gradients are averaged. "auto": as many as make 32 images of all processes,
+    the paper's eight GPUs, so that fewer GPUs run the same algorithm."""
     epochs: float = 3.0
     """Passes over the class list."""
     max_updates: int | None = None
@@ -230,6 +245,13 @@ def _check_combinations(config: TrainConfig) -> None:
     warmup = opponent.warmup_epochs if opponent.warmup_updates is None else opponent.warmup_updates
     if config.losses.entire > 0 and opponent.features == "centred" and warmup == 0:
         raise UserError('discriminator.features "centred" needs a warm-up, which measures the images\' mean')
+    if opponent.warmup_until is not None:
+        if not 0.5 <= opponent.warmup_until <= 1:
+            raise UserError(f"discriminator.warmup_until must lie in 0.5 to 1, not {opponent.warmup_until}")
+        if config.losses.entire > 0 and warmup == 0:
+            raise UserError("discriminator.warmup_until needs a warm-up to go on with, whose length is 0")
+    if opponent.warmup_limit < 1:
+        raise UserError(f"discriminator.warmup_limit must be at least 1, not {opponent.warmup_limit}")
     if config.losses.entire_rise is not None:
         low, high = config.losses.entire_rise
         if not 0 <= low < high:
@@ -241,6 +263,19 @@ def _check_combinations(config: TrainConfig) -> None:
                 "losses.entire_rise needs the individual loss, whose weight is 0: nothing else raises similarity, "
                 "so the entire loss would never set in; add --losses.entire-rise None"
             )
+
+
+def accumulation(config: TrainConfig, processes: int) -> int:
+    """Batches per update of each process. UserError where "auto" has no answer."""
+    if config.accumulate != "auto":
+        return config.accumulate
+    together = config.batch_size * processes
+    if PAPER_BATCH % together:
+        raise UserError(
+            f"accumulate auto: {processes} process(es) with batches of {config.batch_size} cannot make "
+            f"{PAPER_BATCH} images; choose another batch_size"
+        )
+    return PAPER_BATCH // together
 
 
 def require_networks(config: TrainConfig) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ubgen.core.classes import ClassList
 from ubgen.core.config import to_dict
 from ubgen.core.console import progress
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, warn
 from ubgen.core.files import atomic_write
 from ubgen.core.metrics import METRICS_FILE, TENSORBOARD, MetricsLog
 from ubgen.core.stage import Stage, content_hash
@@ -27,11 +27,12 @@ from ubgen.train.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from ubgen.train.config import TrainConfig, network_paths
+from ubgen.train.config import TrainConfig, accumulation, network_paths
 from ubgen.train.logging import figures, save_grid
 from ubgen.train.state import Adversary, build_state
 from ubgen.train.update import Diverged, Metrics, discriminator_update, generator_update, warmup_features
 
+CHANCE = 0.6  # up to this accuracy the discriminator at the warm-up's end is taken to guess
 CLASSES_FILE = "classes.txt"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
@@ -102,7 +103,8 @@ class Run:
         self.config, self.classes, self.out = config, classes, out
         self.process, self.console = process, console
         self.state = build_state(config, classes, process.device)
-        self.global_batch = config.batch_size * process.num_processes
+        self.accumulate = accumulation(config, process.num_processes)
+        self.global_batch = config.batch_size * process.num_processes * self.accumulate
         count = len(classes)
         self.updates = config.max_updates or updates_for(config.epochs, count, self.global_batch)
         self.warmup = _warmup_updates(config, count, self.global_batch)
@@ -112,7 +114,7 @@ class Run:
     def restore(self) -> None:
         """Go on from the last checkpoint, if there is one."""
         if found := list_checkpoints(self.checkpoints):
-            self.done = restore_checkpoint(found[-1], self.state)
+            self.done, self.warmup = restore_checkpoint(found[-1], self.state)
         everywhere = gather(torch.tensor([self.done], device=self.state.device)).tolist()
         if len(set(everywhere)) > 1:
             raise UserError(
@@ -122,32 +124,52 @@ class Run:
 
     def play(self, stop_after: int | None) -> bool:
         """Do the updates that are left, at most `stop_after` of them; returns whether none is left."""
-        total = self.warmup + self.updates
-        end = total if stop_after is None else min(total, self.done + stop_after)
-        self._announce(total)
+        last = None if stop_after is None else self.done + stop_after
+        self._announce()
         log = MetricsLog(self.out, self.done) if self.process.is_main_process else None
         try:
             with progress(self.console, "fine-tuning", "updates") as report:
-                report(self.done, total)
+                report(self.done, self.total)
                 self._grid()
-                while self.done < end:
+                while self.done not in (last, self.total):
                     metrics = self._timed_update()
+                    if self.done == self.warmup:
+                        self._end_warmup()
                     if log is not None:
                         phase = "train" if self.done > self.warmup else "warmup"
                         log.write(self.done, phase, metrics)
                     self._grid()
-                    if (
-                        self.done in (end, self.warmup)
-                        or self.done % self.config.output.checkpoint_every == 0
-                    ):
+                    due = self.done % self.config.output.checkpoint_every == 0
+                    if due or self.done in (last, self.total, self.warmup):
                         self._checkpoint()
-                    report(self.done, total, figures(metrics))
+                    report(self.done, self.total, figures(metrics))
         except Diverged as error:
             raise UserError(self._diverged(error)) from error
         finally:
             if log is not None:
                 log.close()
-        return self.done == total
+        return self.done == self.total
+
+    @property
+    def total(self) -> int:
+        """All updates, as far as is known: the warm-up may go on until the discriminator is good."""
+        return self.warmup + self.updates
+
+    def _end_warmup(self) -> None:
+        """After the last update of the warm-up: another one where `warmup_until` asks for it; else say how it went."""
+        adversary, settings = self.state.adversary, self.config.discriminator
+        assert adversary is not None  # without one there is no warm-up
+        accuracy, wanted = adversary.health.accuracy(), settings.warmup_until
+        planned = _warmup_updates(self.config, len(self.classes), self.global_batch)
+        if wanted is not None and accuracy < wanted and self.warmup < planned * settings.warmup_limit:
+            self.warmup += 1
+        elif self.process.is_main_process and accuracy < CHANCE:
+            warn(
+                f"after the warm-up the discriminator is right about {accuracy:.0%} of images and texts that it has "
+                "not been trained on, where guessing gives 50%: its loss will push the images where the seed points. "
+                "What helps: a longer warm-up (--discriminator.warmup-epochs, --discriminator.warmup-until), or a "
+                "higher --discriminator.lr"
+            )
 
     def average(self) -> None:
         """Put the mean of the last updates in place of the LoRA, where that is wanted, and show it."""
@@ -170,41 +192,52 @@ class Run:
         return {**metrics, "images_per_second": images / seconds}
 
     def _warmup_update(self) -> Metrics:
-        batch = self._batch("warmup", self.done, 2 * self.config.batch_size)
-        features, metrics = warmup_features(self.state, self.config, batch)
+        batches = self._batches("warmup", self.done, 2 * self.config.batch_size)
+        features, metrics = warmup_features(self.state, self.config, batches)
         adversary = self.state.adversary
         assert adversary is not None  # without one there is no warm-up
         if adversary.centre is not None:
             adversary.centre.observe(gather(features))
         if self.state.rise is not None:
             self.state.rise.observe_base(metrics["clip_similarity"])
-        return metrics | self._update_adversary(adversary, features, batch)
+        return metrics | self._update_adversary(adversary, features, batches)
 
     def _train_update(self) -> Metrics:
         """The generator first, against the discriminator as it is; then the discriminator, on the same images."""
-        batch = self._batch("train", self.done - self.warmup, self.config.batch_size)
-        features, metrics = generator_update(self.state, self.config, batch)
+        batches = self._batches("train", self.done - self.warmup, self.config.batch_size)
+        features, metrics = generator_update(self.state, self.config, batches)
+        if metrics.get("overflows"):
+            self.console.print(
+                f"update {self.done + 1}: the gradient overflowed float16; repeated {metrics['overflows']:.0f} "
+                f"time(s), down to a loss scale of {metrics['loss_scale']:g}"
+            )
         metrics["generator_lr"] = self.config.generator.lr
         average, last = self.state.average, self.warmup + self.updates - self.config.generator.average_last
         if average is not None and self.done >= last:
             average.add()
         adversary = self.state.adversary
         if adversary is not None and features is not None:
-            metrics |= self._update_adversary(adversary, features, batch)
+            metrics |= self._update_adversary(adversary, features, batches)
         return metrics
 
-    def _update_adversary(self, adversary: Adversary, features: Tensor, batch: Batch) -> Metrics:
-        metrics = discriminator_update(adversary, self.config, features, batch.negatives_B)
+    def _update_adversary(self, adversary: Adversary, features: Tensor, batches: list[Batch]) -> Metrics:
+        negatives = torch.cat([batch.negatives_B for batch in batches])
+        metrics = discriminator_update(adversary, self.config, features, negatives)
         return {**metrics, "discriminator_lr": self.config.discriminator.lr}
 
-    def _batch(self, phase: str, update: int, size: int) -> Batch:
-        shape, names = self.state.sd.latent_shape(), self.classes.names
-        rank, processes = self.process.process_index, self.process.num_processes
-        return draw_batch(self.config, names, shape, phase, update, size, rank, processes)
+    def _batches(self, phase: str, update: int, size: int) -> list[Batch]:
+        """Those of as many processes as there would be without accumulation: the run is theirs, to rounding."""
+        shape, names, count = self.state.sd.latent_shape(), self.classes.names, self.accumulate
+        processes, first = self.process.num_processes * count, self.process.process_index * count
+        return [
+            draw_batch(self.config, names, shape, phase, update, size, rank, processes)
+            for rank in range(first, first + count)
+        ]
 
     def _checkpoint(self) -> None:
         if self.process.is_main_process:
-            save_checkpoint(self.checkpoints, self.state, self.done, self.config.output.keep_checkpoints)
+            keep = self.config.output.keep_checkpoints
+            save_checkpoint(self.checkpoints, self.state, self.done, self.warmup, keep)
         self.process.wait_for_everyone()
 
     def _grid(self) -> None:
@@ -216,16 +249,16 @@ class Run:
         if (update % every == 0 or update == self.updates) and not path.exists():
             save_grid(path, self.state, self.config)
 
-    def _announce(self, total: int) -> None:
+    def _announce(self) -> None:
         process, config = self.process, self.config
         self.console.print(self.state.attention)
         self.console.print(
             f"{len(self.classes)} classes, {self.warmup} warm-up and {self.updates} updates of "
             f"{self.global_batch} images; {process.num_processes} process(es) on {process.device.type}, "
-            f"precision {config.precision}"
+            f"{self.accumulate} batch(es) of {config.batch_size} each; precision {config.precision}"
         )
         if self.done:
-            self.console.print(f"continuing after {self.done} of {total} updates")
+            self.console.print(f"continuing after {self.done} of {self.total} updates")
 
     def _diverged(self, error: Diverged) -> str:
         found = list_checkpoints(self.checkpoints)

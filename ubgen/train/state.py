@@ -1,5 +1,6 @@
 """What a run trains and what it trains with: networks, optimisers, encoded texts, and the means that it keeps."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ubgen.core import probes
-from ubgen.core.classes import ClassList
+from ubgen.core.classes import ClassList, compared
 from ubgen.core.errors import UserError
 from ubgen.diffusion import StableDiffusion, add_lora, encode_prompts, load_stable_diffusion, with_sampler
 from ubgen.rewards import Centre, Clip, Discriminator, QAlign
@@ -15,7 +16,46 @@ from ubgen.train.config import DiscriminatorConfig, GeneratorConfig, TrainConfig
 
 HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CENTRE = "centre."  # before the names of the centre's tensors in a checkpoint
+HELD_BACK = 256  # images that the discriminator's accuracy is taken over
+FIRST_SCALE = (
+    2.0**12
+)  # of the float16 loss; PyTorch's 2^16 overflows at once, and each overflow costs an update's time
 MOMENTUM = 0.9  # of the running mean of similarity: a single batch says too little
+
+
+class DiscriminatorHealth:
+    """Whether the discriminator has learned anything.
+
+    Every batch is judged before the discriminator is trained on it; the accuracy is the mean over a queue of the last
+    256 images, and as many texts. A random start may be right by luck: it then still points where its seed does. So the
+    directions are compared as well in which its logit rises, now and at its start.
+    """
+
+    def __init__(self, network: Discriminator) -> None:
+        self._start = copy.deepcopy(network).requires_grad_(False)
+        self._queue: list[tuple[float, int]] = []  # accuracy on a batch, and its images
+
+    def judged(self, accuracy: float, images: int) -> None:
+        """The share of right answers on a batch that the discriminator has not been trained on."""
+        self._queue.append((accuracy, images))
+        while sum(count for _, count in self._queue[1:]) >= HELD_BACK:
+            del self._queue[0]
+
+    def accuracy(self) -> float:
+        """0 to 1; one half is chance."""
+        return sum(share * count for share, count in self._queue) / sum(count for _, count in self._queue)
+
+    def directions(self, network: Discriminator, images_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients (D,) of the mean logit by the images' features, of `network` and of its random start."""
+        x = images_BD.detach().requires_grad_()
+        now, start = (torch.autograd.grad(net(x).mean(), x)[0].sum(0) for net in (network, self._start))
+        return now, start
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"queue": self._queue}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._queue = [(float(accuracy), int(images)) for accuracy, images in state["queue"]]
 
 
 @dataclass
@@ -25,6 +65,7 @@ class Adversary:
     network: Discriminator
     optimizer: torch.optim.Optimizer
     class_text_ND: Tensor  # CLIP features of the bare class names, projected
+    health: DiscriminatorHealth
     centre: Centre | None = None
 
     def project(self, features_BD: Tensor) -> Tensor:
@@ -158,7 +199,7 @@ def build_state(config: TrainConfig, classes: ClassList, device: torch.device) -
         qalign=qalign,
         lora=lora,
         generator_optimizer=_adamw(lora, config.generator),
-        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        scaler=torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=config.precision == "fp16"),
         adversary=make_adversary(config, clip, classes, device),
         prompts_NSD=torch.cat([encode_prompts(sd, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]),
         uncond_1SD=encode_prompts(sd, [""]),
@@ -215,7 +256,7 @@ def make_adversary(
     """A fresh discriminator with its optimiser and its texts; None where the entire alignment loss is off."""
     if config.losses.entire == 0 or clip is None:
         return None
-    if len(set(classes.names)) < 2:
+    if len({compared(name) for name in classes.names}) < 2:
         raise UserError("classes: the entire alignment loss needs at least two different class names")
     settings = config.discriminator
     with torch.random.fork_rng(devices=[]):
@@ -228,11 +269,11 @@ def make_adversary(
             "normalised" if settings.features == "normalised" else "raw",
         )
     network.to(device)
-    optimizer = _adamw(list(network.parameters()), settings)
+    optimizer, health = _adamw(list(network.parameters()), settings), DiscriminatorHealth(network)
     class_text_ND = clip.encode_text(classes.names).float()
     if settings.features != "centred":
-        return Adversary(network, optimizer, class_text_ND)
-    return Adversary(network, optimizer, Centre.texts(class_text_ND), Centre(clip.dim).to(device))
+        return Adversary(network, optimizer, class_text_ND, health)
+    return Adversary(network, optimizer, Centre.texts(class_text_ND), health, Centre(clip.dim).to(device))
 
 
 def _adamw(

@@ -1,11 +1,13 @@
 """One update of each player."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ubgen.diffusion import decode, rollout, sample
 from ubgen.rewards import (
@@ -22,32 +24,61 @@ from ubgen.train.state import Adversary, TrainState
 
 Metrics = dict[str, float]
 UNSCALED = torch.amp.GradScaler(enabled=False)  # the discriminator computes in float32 throughout
+RETRIES = 5  # of an update whose gradient overflowed float16, each at half the loss scale
 
 
 class Diverged(Exception):
     """A loss or a gradient is not finite; the weights have not been touched. The message names it."""
 
 
-def generator_update(state: TrainState, config: TrainConfig, batch: Batch) -> tuple[Tensor | None, Metrics]:
-    """Eq. 8 back through the sampler into the LoRA. Returns the images' CLIP features, detached, and metrics."""
-    images = _rollout_images(state, config, batch)
-    features = _clip_features(state, config, images)
-    terms, metrics = _reward_terms(state, config, batch, images, features)
+def generator_update(
+    state: TrainState, config: TrainConfig, batches: Sequence[Batch]
+) -> tuple[Tensor | None, Metrics]:
+    """Eq. 8 back through the sampler into the LoRA, the mean over `batches` of the gradients.
+
+    Returns the images' CLIP features, detached, and metrics. Where the gradient overflows float16, the weights stay and
+    the same update is done again at half the loss scale. Diverged when it is not finite for another reason.
+    """
+    overflows, norm = 0, math.inf
+    while not math.isfinite(norm):
+        scale = state.scaler.get_scale()
+        features, means = _gradients(state, config, batches)
+        norm = _step(state.lora, state.generator_optimizer, config.generator.clip, state.scaler)
+        overflows += not math.isfinite(norm)
+        if overflows > RETRIES:
+            raise Diverged(f"the gradient norm is {norm} at every loss scale down to {scale:g}")
+    if state.rise is not None:
+        state.rise.observe(means["clip_similarity"])
+    means["generator_grad_norm"] = norm
+    if state.scaler.is_enabled():
+        means |= {"loss_scale": scale, "overflows": float(overflows)}
+    return features, means
+
+
+def _gradients(
+    state: TrainState, config: TrainConfig, batches: Sequence[Batch]
+) -> tuple[Tensor | None, Metrics]:
+    """Adds up in the LoRA the gradient of each batch's loss over their number; metrics are means, too.
+
+    As many processes with a batch each do the same, to rounding.
+    """
     losses = config.losses
     entire = losses.entire if state.rise is None else losses.entire * state.rise.share()
     weights = LossWeights(entire, losses.individual, losses.quality)
-    loss = generator_loss(terms, weights)
-    means = _mean_over_processes({"loss": loss.detach(), **metrics})
-    _require_finite(means)
-    if state.rise is not None:
-        state.rise.observe(means["clip_similarity"])
-    state.scaler.scale(loss).backward(inputs=state.lora)
-    means["generator_grad_norm"] = _step(
-        state.lora, state.generator_optimizer, config.generator.clip, state.scaler
-    )
-    if "entire" in terms:
+    rows, seen = list[dict[str, Tensor]](), list[Tensor]()
+    for batch in batches:
+        images = _rollout_images(state, config, batch)
+        features = _clip_features(state, config, images)
+        terms, metrics = _reward_terms(state, config, batch, images, features)
+        loss = generator_loss(terms, weights)
+        state.scaler.scale(loss / len(batches)).backward(inputs=state.lora)
+        rows.append({"loss": loss.detach(), **metrics})
+        seen += [] if features is None else [features.detach()]
+    means = _mean_over_processes(_mean_over_batches(rows))
+    _require_finite_loss(means)
+    if "loss_entire" in means:
         means["weight_entire"] = entire
-    return None if features is None else features.detach(), means
+    return torch.cat(seen) if seen else None, means
 
 
 def discriminator_update(
@@ -57,18 +88,41 @@ def discriminator_update(
     network, texts = adversary.network, adversary.class_text_ND[negatives_B.to(features_BD.device)]
     images = adversary.project(features_BD)
     loss = discriminator_loss(network, images, texts)
-    accuracy = _accuracy(network, images, texts)
+    accuracy = _accuracy(network, images, texts)  # before it is trained on them
     means = _mean_over_processes({"discriminator_loss": loss.detach(), "discriminator_accuracy": accuracy})
-    _require_finite(means)
+    if not math.isfinite(means["discriminator_loss"]):
+        raise Diverged(f"discriminator_loss is {means['discriminator_loss']}")
+    means |= _health(adversary, images, means["discriminator_accuracy"])
     loss.backward()
     parameters = list(network.parameters())
     norm = _step(parameters, adversary.optimizer, config.discriminator.clip, UNSCALED)
     return {**means, "discriminator_grad_norm": norm}
 
 
+def _health(adversary: Adversary, images_BD: Tensor, accuracy: float) -> Metrics:
+    """What says whether the discriminator has learned anything: see DiscriminatorHealth."""
+    health, size = adversary.health, torch.tensor(float(len(images_BD)), device=images_BD.device)
+    health.judged(accuracy, int(reduce(size, "sum")))
+    turned = reduce(torch.stack(health.directions(adversary.network, images_BD)), "mean")
+    cosine = torch.cosine_similarity(turned[0], turned[1], dim=0)
+    return {
+        "discriminator_held_back_accuracy": health.accuracy(),
+        "discriminator_cosine_with_start": float(cosine),
+    }
+
+
 @torch.no_grad()
-def warmup_features(state: TrainState, config: TrainConfig, batch: Batch) -> tuple[Tensor, Metrics]:
+def warmup_features(
+    state: TrainState, config: TrainConfig, batches: Sequence[Batch]
+) -> tuple[Tensor, Metrics]:
     """CLIP features of images by the generator as it stands, without any gradient; and how well they fit."""
+    features, rows = zip(*(_warmup_features(state, config, batch) for batch in batches), strict=True)
+    return torch.cat(features), _mean_over_processes(_mean_over_batches(rows))
+
+
+def _warmup_features(
+    state: TrainState, config: TrainConfig, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
     assert state.clip is not None  # the caller has an adversary, which judges CLIP's features
     settings = config.rollout
     with state.autocast():
@@ -79,9 +133,9 @@ def warmup_features(state: TrainState, config: TrainConfig, batch: Batch) -> tup
             guidance=settings.guidance,
             step_noise=batch.step_noise,
         )
-    features = state.clip.encode_image(decode(state.sd.vae, latents)).float()
+    features = _encode_image(state, config, _decode(state, config, latents))
     individual = individual_alignment_loss(features, _descriptions(state, batch))
-    return features, _mean_over_processes({"clip_similarity": 1 - individual})
+    return features, {"clip_similarity": 1 - individual}
 
 
 def _sampler_inputs(state: TrainState, batch: Batch) -> tuple[Any, Tensor, Tensor, Tensor]:
@@ -102,14 +156,43 @@ def _rollout_images(state: TrainState, config: TrainConfig, batch: Batch) -> Ten
             step_noise=batch.step_noise,
             detach_unet_input=settings.detach_unet_input,
         )
-    return decode(state.sd.vae, latents, settings.gradient_checkpointing)
+    return _decode(state, config, latents)
+
+
+def _decode(state: TrainState, config: TrainConfig, latents_BChw: Tensor) -> Tensor:
+    size, recompute = _score_batch(state, config), config.rollout.gradient_checkpointing
+    return in_parts(lambda part: decode(state.sd.vae, part), latents_BChw, size, recompute)
+
+
+def _encode_image(state: TrainState, config: TrainConfig, images_B3HW: Tensor) -> Tensor:
+    assert state.clip is not None
+    return in_parts(state.clip.encode_image, images_B3HW, _score_batch(state, config)).float()
+
+
+def _score_batch(state: TrainState, config: TrainConfig) -> int | None:
+    """Images to decode and encode at a time; None for all."""
+    return config.rollout.score_batch or (1 if state.device.type == "cuda" else None)
+
+
+def in_parts(
+    network: Callable[[Tensor], Tensor], x_B: Tensor, size: int | None, recompute: bool = False
+) -> Tensor:
+    """`network` on `size` rows at a time, or on all of them for None.
+
+    The backward pass computes each part again before it goes through it, so that no more than one part's activations
+    are in memory; a single part only where `recompute` asks for it.
+    """
+    parts = x_B.split(size or len(x_B))
+    if torch.is_grad_enabled() and x_B.requires_grad and (recompute or len(parts) > 1):
+        return torch.cat([checkpoint(network, part, use_reentrant=False) for part in parts])
+    return torch.cat([network(part) for part in parts])
 
 
 def _clip_features(state: TrainState, config: TrainConfig, images_B3HW: Tensor) -> Tensor | None:
     if state.clip is None:
         return None
     with torch.set_grad_enabled(config.losses.entire > 0 or config.losses.individual > 0):
-        return state.clip.encode_image(images_B3HW).float()
+        return _encode_image(state, config, images_B3HW)
 
 
 def _descriptions(state: TrainState, batch: Batch) -> Tensor:
@@ -159,12 +242,12 @@ def _step(
     """Average the gradients over the processes, clip, step, clear. Returns the norm before clipping.
 
     Without loss scaling a gradient that is not finite raises Diverged; with it, the scaler skips the step and
-    halves its scale, which is given up where it no longer helps.
+    halves its scale.
     """
     _average_gradients(parameters)
     scaler.unscale_(optimizer)
     norm = float(nn.utils.clip_grad_norm_(parameters, clip))
-    if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1e-3):
+    if not math.isfinite(norm) and not scaler.is_enabled():
         raise Diverged(f"the gradient norm is {norm}")
     scaler.step(optimizer)
     scaler.update()
@@ -185,7 +268,14 @@ def _mean_over_processes(values: dict[str, Tensor]) -> Metrics:
     return dict(zip(values, means, strict=True))
 
 
-def _require_finite(metrics: Metrics) -> None:
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise Diverged(f"{name} is {value}")
+def _mean_over_batches(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+
+
+def _require_finite_loss(metrics: Metrics) -> None:
+    """What is only logged may be anything: a network may overflow whose score no loss uses."""
+    if math.isfinite(metrics["loss"]):
+        return
+    terms = [name for name in metrics if name.startswith("loss_")]
+    culprit = next((name for name in terms if not math.isfinite(metrics[name])), "loss")
+    raise Diverged(f"{culprit} is {metrics[culprit]}")

@@ -301,3 +301,24 @@ def test_two_launched_processes_end_where_one_does(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*launcher, *command], env=environment, check=True, timeout=300)
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_accumulated_batches_are_those_of_as_many_processes(
+    config: TrainConfig,
+    change: Callable[..., TrainConfig],
+    write_recipe: Callable[[TrainConfig, Path], Path],
+    tmp_path: Path,
+) -> None:
+    """With the steps that each process would have drawn for its gradient."""
+    one = dataclasses.replace(change(config, "output", grid_every=0), batch_size=1, max_updates=2)
+    device = "cpu" if torch.cuda.is_available() else "auto"
+    recipe = write_recipe(dataclasses.replace(one, device=device), tmp_path / "recipe.toml")
+    codes, printed = launch(recipe, [tmp_path / "two"] * 2)
+    assert codes == [0, 0], printed
+    train(dataclasses.replace(one, accumulate=2), tmp_path / "accumulated")
+    for name in RESULTS:
+        first, second = (load_file(tmp_path / out / name) for out in ("two", "accumulated"))
+        assert all(torch.allclose(first[key], second[key], atol=1e-5) for key in first)
+    for row, same in zip(*(results(tmp_path / out)[2] for out in ("two", "accumulated")), strict=True):
+        assert same.pop("phase") == row.pop("phase")
+        assert same == pytest.approx(row, rel=1e-4, abs=1e-5)

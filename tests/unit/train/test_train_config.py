@@ -5,7 +5,7 @@ import pytest
 from ubgen.core.config import load_recipe, to_dict
 from ubgen.core.errors import UserError
 from ubgen.train import GeneratorConfig, LossConfig, NetworkPaths, RolloutConfig, TrainConfig
-from ubgen.train.config import validate
+from ubgen.train.config import accumulation, validate
 
 CONFIG = TrainConfig(networks=NetworkPaths("sd", "clip", "qalign"), classes="imagenet1k")
 
@@ -86,6 +86,39 @@ def test_a_rise_that_nothing_brings_about_is_refused() -> None:
         validate(dataclasses.replace(rising, losses=alone))
     nothing_waits = dataclasses.replace(alone, entire=0)
     validate(dataclasses.replace(rising, losses=nothing_waits))
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "batch_size", "processes", "batches"), [(3, 4, 2, 3), ("auto", 4, 8, 1), ("auto", 4, 1, 8)]
+)
+def test_auto_accumulates_to_the_papers_batch(
+    accumulate: int, batch_size: int, processes: int, batches: int
+) -> None:
+    config = dataclasses.replace(CONFIG, accumulate=accumulate, batch_size=batch_size)
+    assert accumulation(config, processes) == batches
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(4, 3), (4, 16), (5, 1)])
+def test_auto_has_no_answer_for_shares_that_do_not_fit(batch_size: int, processes: int) -> None:
+    config = dataclasses.replace(CONFIG, accumulate="auto", batch_size=batch_size)
+    with pytest.raises(
+        UserError, match=rf"accumulate auto: {processes} process.* batches of {batch_size} .*32"
+    ):
+        accumulation(config, processes)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"warmup_until": 0.4}, r"warmup_until must lie in 0\.5 to 1, not 0\.4"),
+        ({"warmup_until": 0.9, "warmup_updates": 0}, "needs a warm-up to go on with"),
+        ({"warmup_limit": 0.5}, "warmup_limit must be at least 1"),
+    ],
+)
+def test_a_warmup_without_an_end_is_refused(options: dict, reason: str) -> None:
+    opponent = dataclasses.replace(CONFIG.discriminator, **options)
+    with pytest.raises(UserError, match=reason):
+        validate(dataclasses.replace(CONFIG, discriminator=opponent))
 
 
 def with_option(name: str, value: object) -> TrainConfig:
