@@ -4,7 +4,8 @@ A mapping is a JSON file, shipped as `ubgen/data/benchmarks/<benchmark>-<class l
 
     {"benchmark": "cue-conflict",       "cue-conflict", "focus" or "in9"
      "class_list": "imagenet1k",        the class list whose ids are meant
-     "source": "...", "source_commit": "...", "licence": "...",
+     "source": "...",
+     "source_commit": "...", "licence": "...",      where it comes from others
      "images": 1280,                    released images (of IN-9, in each variant); may be missing
      "attributes": {"time": ["day", "night", "none"], "weather": [...], "locations": [...]},       only of FOCUS
      "categories": {
@@ -50,6 +51,7 @@ class LabelMapping:
     class_list: str
     source: str
     licence: str
+    """Empty where it does not come from others."""
     categories: tuple[Category, ...]
     attributes: Mapping[str, tuple[str, ...]]
     """Of FOCUS: every value that each of ATTRIBUTES can take. Empty for the others."""
@@ -145,11 +147,12 @@ def _parsed(content: Mapping[str, Any]) -> LabelMapping:
         for class_id in category.class_ids:
             if owner.setdefault(class_id, category.name) != category.name:
                 raise ValueError(f"class {class_id!r} is in {owner[class_id]!r} and in {category.name!r}")
-    texts = {key: str(content[key]) for key in ("benchmark", "class_list", "source", "licence")}
+    texts = {key: str(content[key]) for key in ("benchmark", "class_list", "source")}
     images = content.get("images")
     if images is not None and not (isinstance(images, int) and images > 0):
         raise ValueError(f"images must be a positive number, not {images!r}")
-    return LabelMapping(**texts, categories=categories, attributes=attributes, images=images)
+    licence = str(content.get("licence", ""))
+    return LabelMapping(**texts, licence=licence, categories=categories, attributes=attributes, images=images)
 
 
 def _category(name: str, entry: Mapping[str, Any], attributes: Mapping[str, Sequence[str]]) -> Category:
