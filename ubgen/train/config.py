@@ -193,7 +193,7 @@ class TrainConfig:
     """Mixed precision: frozen networks and activations in half, LoRA, losses and discriminator in float32. bf16 never
     overflows, but has 3 bits less than fp16: pixels and quality scores are coarse in it."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    """The UNet's attention: xformers where it is installed and supports the device, otherwise PyTorch's."""
+    """The UNet's attention: xformers where it computes forward and backward on the device, otherwise PyTorch's."""
     device: Literal["auto", "cpu"] = "auto"
     """"auto" uses a GPU if there is one."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -230,24 +230,13 @@ def set_attention(unet: Any, wanted: str, device: torch.device, precision: str) 
     """
     from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
 
-    reason = "not asked for" if wanted == "sdpa" else _xformers_obstacle(device, precision)
+    dtype = str(HALF[precision]).removeprefix("torch.")
+    reason = "not asked for" if wanted == "sdpa" else probes.xformers_problem(str(device), dtype)
     if wanted == "xformers" and reason:
         raise UserError(f"attention: xformers cannot be used: {reason}; use auto or sdpa")
     # set directly: enable_xformers_memory_efficient_attention() first tries a float32 call that newer GPUs lack
     unet.set_attn_processor(AttnProcessor2_0() if reason else XFormersAttnProcessor())
     return f"attention: PyTorch's SDPA (xformers: {reason})" if reason else "attention: xformers"
-
-
-def _xformers_obstacle(device: torch.device, precision: str) -> str:
-    """Why xformers cannot run here; empty where it can."""
-    probe = probes.xformers()
-    if not probe.available:
-        return probe.detail
-    if device.type != "cuda":
-        return f"has no operator for {device.type} tensors"
-    if precision == "no" and torch.cuda.get_device_capability(device) > (9, 0):
-        return "has no float32 operator for GPUs above compute capability 9.0"
-    return ""
 
 
 def make_adversary(
