@@ -9,6 +9,7 @@ import numpy as np
 
 from ubgen.core.errors import UserError
 from ubgen.core.files import atomic_write
+from ubgen.evaluate.catalogue import DATASETS
 from ubgen.evaluate.results import Result
 
 _COLUMNS = 3
@@ -32,13 +33,22 @@ def draw_curves(results: Mapping[str, Sequence[Result]], path: Path) -> None:
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     picture = Picture(figsize=(4 * columns, 3.2 * rows), layout="constrained")
-    axes = picture.subplots(rows, columns, squeeze=False).flat
-    for panel, axis in zip(panels, axes, strict=False):
+    axes = picture.subplots(rows, columns, squeeze=False).ravel()
+    for panel, axis in zip(panels, axes[: len(panels)], strict=True):
         _draw_panel(axis, panel, series)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[::columns]:
+        axis.set_ylabel("top-1 (%)")
+    for axis in axes[len(panels) :]:
         axis.set_axis_off()
     handles, names = picture.axes[0].get_legend_handles_labels()
-    picture.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
+    picture.legend(
+        handles,
+        names,
+        title="line: mean of the seeds; band: lowest to highest seed",
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+    )
     buffer = BytesIO()
     picture.savefig(buffer, format="png", dpi=120)
     atomic_write(path, buffer.getvalue())
@@ -83,7 +93,6 @@ def _draw_panel(axis: Any, panel: str, series: Mapping[str, Mapping[str, Curve]]
     axis.set_xscale("log")
     axis.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)], minor=False)
     axis.minorticks_off()
-    axis.set_title(panel)
+    axis.set_title(DATASETS[panel].title if panel in DATASETS else panel)
     axis.set_xlabel("training images (%)")
-    axis.set_ylabel("top-1 (%)")
     axis.grid(alpha=0.3)
