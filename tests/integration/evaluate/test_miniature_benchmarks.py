@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from ubgen.evaluate.cue_conflict import open_cue_conflict
-from ubgen.evaluate.focus import open_focus
-from ubgen.evaluate.in9 import open_backgrounds
 
 from ubgen.core.categories import load_mapping
+from ubgen.evaluate.cue_conflict import open_cue_conflict
 from ubgen.evaluate.datasets import open_datasets
+from ubgen.evaluate.focus import open_focus
+from ubgen.evaluate.in9 import open_backgrounds
 from ubgen.loading.imageset import matched, open_image_set
 from ubgen.miniature.benchmarks import WriteConfig, write
 from ubgen.miniature.shapes import TRAIN_CLASSES
