@@ -21,6 +21,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the host or of a GPU. PyTorch's allocator on the host, and DALI, tell it by the text of a RuntimeError."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory", "cudaErrorMemoryAllocation")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
 class Warned(UserWarning):
     """Something that is probably not what the user wants, although it can be done; `run` prints it as one line."""
 

@@ -138,14 +138,33 @@ def licence_fields(licence: str) -> dict[str, str]:
     return {**fields, "license_link": text} if re.fullmatch(r"https?://\S+", text) else fields
 
 
+def licence_metadata(licence: str) -> str:
+    """`licence_fields` as lines of YAML."""
+    return "\n".join(f"{name}: {_yaml(value)}" for name, value in licence_fields(licence).items())
+
+
+def stated_licence(where: str | Path | Store) -> str:
+    """The licence in the metadata of a dataset's README.md, a text for `licence_fields`; empty without one."""
+    try:
+        text = open_store(where).read(CARD).decode("utf-8", "replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    if not (block := re.match(r"---\r?\n(.*?\n)---", text, re.DOTALL)):
+        return ""
+    # a value, or the first of a list
+    found = re.findall(r"^(license(?:_name|_link)?):(?:\s*\n\s*-)?[ \t]*(\S.*)$", block[1], re.MULTILINE)
+    fields = {name: plain(value.strip().strip("\"'")) for name, value in found}
+    values = (fields.get(name, "") for name in ("license_link", "license_name", "license"))
+    return next((value for value in values if value not in ("", "other", "unknown")), "")
+
+
 def _metadata(facts: CardFacts) -> str:
     size = next((label for limit, label in _SIZES if facts.images < limit), "1B<n<10B")
-    licence = "\n".join(f"{name}: {_yaml(value)}" for name, value in licence_fields(facts.licence).items())
     return f"""---
 pretty_name: {_yaml(facts.title)}
 language:
 - en
-{licence}
+{licence_metadata(facts.licence)}
 annotations_creators:
 - machine-generated
 source_datasets:

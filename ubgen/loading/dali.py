@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, is_out_of_memory
 from ubgen.core.probes import require_dali
 from ubgen.loading.augment import TrainingTransform
 from ubgen.loading.decode import (
@@ -78,7 +78,9 @@ def batches_by_dali(
                 (output,) = pipe.run()
             except StopIteration:
                 return
-            except RuntimeError:  # it does not say which image
+            except RuntimeError as error:  # it does not say which image
+                if is_out_of_memory(error):
+                    raise
                 _name_broken(data, [index for indices, _ in queue for index in indices])
                 raise
             indices, draws = queue.popleft()
@@ -103,6 +105,8 @@ def _name_broken(data: ImageSet, indices: list[int]) -> None:
         try:
             decode(data.read(index))
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise broken(data.describe(index), error) from error
 
 
@@ -124,9 +128,9 @@ def _source(
         try:
             encoded, size = _plain(data.read(index))
             return np.frombuffer(encoded, np.uint8), transform.draw(size, seeds(index))
-        except MemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             return broken(data.describe(index), error)
 
     chunks = (order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size))

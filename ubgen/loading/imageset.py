@@ -7,11 +7,11 @@ folders or the `.cls` members, never from the order in which images are read.
 import hashlib
 import json
 import os
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,9 +21,13 @@ from ubgen.core.files import LocalStore, Store, open_store
 from ubgen.core.stage import MANIFEST
 from ubgen.dataset import ShardInfo, open_dataset
 from ubgen.dataset.card import CLASSES, read_classes
+from ubgen.loading.tars import samples
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """What `torchvision.datasets.ImageFolder` takes for an image; other files of a folder do not count."""
+
+
+_AT_ONCE = 8  # tars of others that are read
 
 
 class Strings:
@@ -70,7 +74,7 @@ class ImageSet:
     files: Sequence[str]
     """Of tars and shards: their names. Unused for folders, where the key is the file."""
     places: np.ndarray
-    """(N, 3) int64: number of the file, offset, size. Empty for folders."""
+    """(N, 3) int64: number of the file, offset, size. Of folders only the size counts."""
     checksum: str = ""
     """Of shards: a hash of their SHA-256s."""
 
@@ -91,7 +95,10 @@ class ImageSet:
         return f"{self.store.address(self.files[int(self.places[index, 0])])}: sample {self.keys[index]}"
 
     def fingerprint(self) -> str:
-        """ "sha256:<hex>" of classes, labels, keys and places; of shards also of their content. Images are not read."""
+        """ "sha256:<hex>" of classes, labels, keys, places and sizes; of shards also of their content.
+
+        Images are not read.
+        """
         total = hashlib.sha256(json.dumps([self.kind, self.class_ids, self.checksum]).encode())
         for part in (self.labels, self.places):
             total.update(np.ascontiguousarray(part).tobytes())
@@ -246,11 +253,12 @@ def _folders(store: Store) -> ImageSet:
     )
     if not names:
         raise UserError(f"{root} is not a dataset: it holds no tar and no directory of images")
-    labels, parts = [], []
+    labels, sizes, parts = [], [], []
     for label, name in enumerate(names):
         files = sorted(_images_below(str(root / name), name))
         labels.append(np.full(len(files), label, np.int32))
-        parts.append(Strings(files))
+        sizes.append(np.array([size for _, size in files], np.int64))
+        parts.append(Strings(file for file, _ in files))
     return ImageSet(
         store,
         "folders",
@@ -258,7 +266,7 @@ def _folders(store: Store) -> ImageSet:
         np.concatenate(labels),
         Strings.joined(parts),
         (),
-        np.empty((0, 3), np.int64),
+        np.pad(np.concatenate(sizes)[:, None], ((0, 0), (2, 0))),
     )
 
 
@@ -269,17 +277,19 @@ def _ids_of_folders(store: Store, names: Sequence[str]) -> Sequence[str]:
     return [entry["id"] for entry in entries]
 
 
-def _images_below(directory: str, prefix: str) -> Iterator[str]:
+def _images_below(directory: str, prefix: str) -> Iterator[tuple[str, int]]:
+    """Names and sizes."""
     for entry in os.scandir(directory):
         name = f"{prefix}/{entry.name}"
         if entry.is_dir():
             yield from _images_below(entry.path, name)
         elif entry.name.lower().endswith(IMAGE_ENDINGS):
-            yield name
+            yield name, entry.stat().st_size
 
 
 def _tars(store: Store, names: Sequence[str], classes: str | None) -> ImageSet:
-    parts = [_tar(store, name) for name in names]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # they wait for the disk or the network
+        parts = list(pool.map(lambda name: _tar(store, name), names))
     highest = max((int(part.labels.max()) for part in parts if len(part.labels)), default=-1)
     return _joined(store, "tars", _ids_of_tars(store, classes, highest + 1), names, parts)
 
@@ -293,52 +303,8 @@ def _ids_of_tars(store: Store, classes: str | None, count: int) -> Sequence[str]
 
 
 def _tar(store: Store, name: str) -> _Part:
-    """Reads the headers and the `.cls` members; nothing else of the tar, and no index beside it, which may be wrong."""
-    where = store.address(name)
-    labels, places, keys = [], [], []
+    """Reads the tar itself; an index beside it may be wrong, and is not used."""
     with store.open(name) as file:
-        for key, members in _groups(file, where):
-            images = [m for ending, m in members.items() if f".{ending}" in IMAGE_ENDINGS]
-            if len(images) != 1:
-                raise UserError(f"{where}: sample {key[:100]!r} must have one image, and has {len(images)}")
-            labels.append(_label(file, key, members.get("cls"), where))
-            places.append((images[0].offset_data, images[0].size))
-            keys.append(key)
-    rows = np.array(places, np.int64).reshape(-1, 2)
-    return _Part(np.array(labels, np.int32), rows, Strings(keys))
-
-
-def _groups(file: Any, where: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Members that follow each other with the same key, by ending. The key ends at the first dot of the file's name."""
-    key, group = "", dict[str, tarfile.TarInfo]()
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while info := tar.next():
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-                folder, _, base = info.name.rpartition("/")
-                stem, _, ending = base.partition(".")
-                if not info.isreg() or not stem or stem.startswith("__"):
-                    continue
-                this = f"{folder}/{stem}" if folder else stem
-                if this != key and group:
-                    yield key, group
-                    group = {}
-                key, group[ending.lower()] = this, info
-    except (tarfile.TarError, EOFError, OverflowError) as error:
-        raise UserError(f"{where} is not a readable tar ({' '.join(str(error).split())})") from None
-    if group:
-        yield key, group
-
-
-def _label(file: Any, key: str, member: tarfile.TarInfo | None, where: str) -> int:
-    if member is None:
-        raise UserError(f"{where}: sample {key[:100]!r} has no .cls, the class index as text")
-    before = file.tell()
-    file.seek(member.offset_data)
-    text = file.read(min(member.size, 16)).strip()
-    file.seek(before)
-    if not text.isdigit() or len(text) > 7:
-        raise UserError(
-            f"{where}: sample {key[:100]!r} has .cls {text!r}; it must be the class index as text"
-        )
-    return int(text)
+        found = list(samples(file, store.address(name), IMAGE_ENDINGS))
+    rows = np.array([(s.offset, s.size) for s in found], np.int64).reshape(-1, 2)
+    return _Part(np.array([s.label for s in found], np.int32), rows, Strings(s.key for s in found))

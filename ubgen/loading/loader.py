@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, is_out_of_memory
 from ubgen.core.files import Store
 from ubgen.core.probes import dali
 from ubgen.loading.augment import TrainingTransform, sample_seed
@@ -97,9 +97,9 @@ def batches_by_threads(
     def load(index: int) -> np.ndarray | BrokenSample:
         try:
             return transform(data.read(index), seeds(index))
-        except MemoryError:
-            raise
         except Exception as error:  # of PIL, simplejpeg and the file system, of many kinds
+            if is_out_of_memory(error):
+                raise
             return broken(data.describe(index), error)
 
     chunks = (order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size))

@@ -17,7 +17,7 @@ from torch import nn
 
 from ubgen.core.config import to_dict
 from ubgen.core.console import progress
-from ubgen.core.errors import UserError, first_line
+from ubgen.core.errors import UserError, first_line, is_out_of_memory
 from ubgen.core.metrics import METRICS_FILE, TENSORBOARD, MetricsLog
 from ubgen.core.stage import Stage
 from ubgen.loading.decode import BrokenSample, EvaluationTransform
@@ -105,9 +105,8 @@ def memory_errors(config: PretrainConfig) -> Iterator[None]:
     """Out of memory, on the GPU or on the host, is a UserError that names the options."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        texts = ("out of memory", "can't allocate memory", "not enough memory")
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in texts):
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"out of memory ({first_line(error)}); lower --micro-batch (at most {config.micro_batch} images at "

@@ -13,6 +13,7 @@ from ubgen.core.config import to_dict
 from ubgen.core.console import markdown_table
 from ubgen.core.files import atomic_write
 from ubgen.core.metrics import METRICS_FILE, read_metrics
+from ubgen.dataset.card import licence_metadata, stated_licence
 from ubgen.dataset.text import escape
 from ubgen.loading.imageset import ImageSet
 from ubgen.pretrain.config import PretrainConfig
@@ -81,11 +82,17 @@ def card(
         for kind, file in WEIGHTS.items()
     )
     steps = "".join(f"| {name} | {escape(value)} |\n" for name, value in _flat(to_dict(config)))
+    licence = stated_licence(data.store)
+    terms = (
+        f"The card of the dataset names this licence: {escape(licence)}."
+        if licence
+        else "Unknown: the dataset has no card that names one."
+    )
     left_out = f" {skipped} images could not be decoded and were left out." if skipped else ""
     return f"""---
 library_name: timm
 tags: [image-classification, pre-training]
-license: unknown
+{licence_metadata(licence)}
 ---
 
 # {config.model}, pre-trained
@@ -111,8 +118,8 @@ Inputs are RGB, {config.image_size}x{config.image_size}, normalised with ImageNe
 {steps}
 ## Licence
 
-None is stated here. The licence of the dataset, and of the generator that made it, may restrict how
-the weights are used.
+{terms} The terms of the dataset, and of the generator that made it, may
+restrict how the weights are used.
 """
 
 

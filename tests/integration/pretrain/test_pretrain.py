@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,6 +111,28 @@ def test_another_run_is_refused(
         pretrain(replace(config, **{name: value}), images, finished, validation=validation)
 
 
+def test_an_image_that_was_replaced_is_noticed(images: Path, tmp_path: Path, config: PretrainConfig) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(images, data)
+    assert not pretrain(config, data, tmp_path / "out", stop_after=1)
+    Image.new("RGB", (40, 40)).save(data / "red" / "0.jpg")
+    with pytest.raises(UserError, match="data was sha256"):
+        pretrain(config, data, tmp_path / "out")
+
+
+def test_the_card_names_the_licence_of_the_dataset(
+    images: Path, finished: Path, tmp_path: Path, config: PretrainConfig
+) -> None:
+    assert "license: unknown" in (finished / "README.md").read_text().replace('"', "")
+    data = tmp_path / "data"
+    shutil.copytree(images, data)
+    (data / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Colours\n")
+    assert pretrain(replace(config, epochs=1, warmup_epochs=0), data, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'license: "cc-by-4.0"' in card
+    assert "names this licence: cc-by-4.0." in card
+
+
 def test_another_dataset_is_refused(
     finished: Path, images: Path, validation: Path, config: PretrainConfig
 ) -> None:
@@ -186,9 +210,34 @@ def test_a_damaged_checkpoint_is_named(images: Path, tmp_path: Path, config: Pre
         pretrain(config, images, tmp_path)
 
 
-def test_out_of_memory_names_the_batch_options(config: PretrainConfig) -> None:
-    with pytest.raises(UserError, match="--micro-batch"), memory_errors(config):
-        torch.empty(2**58)
+def on_the_host(*_: object) -> None:
+    torch.empty(2**58)
+
+
+def on_a_gpu(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("failure", [on_the_host, on_a_gpu])
+@pytest.mark.parametrize(
+    "place", ["ubgen.pretrain.state._loss", "ubgen.loading.augment.TrainingTransform.__call__"]
+)
+def test_out_of_memory_names_the_batch_options(
+    images: Path,
+    tmp_path: Path,
+    config: PretrainConfig,
+    failure: Any,
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the step, and in the loader, where it is no broken image that could be left out."""
+    monkeypatch.setattr(place, failure)
+    with pytest.raises(UserError, match=r"out of memory .* lower --micro-batch \(at most 4"):
+        pretrain(replace(config, skip_broken=True), images, tmp_path)
+    assert not (tmp_path / "skipped.txt").exists()
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(config: PretrainConfig) -> None:
     with pytest.raises(RuntimeError, match="another"), memory_errors(config):
         raise RuntimeError("another")
 
@@ -217,6 +266,59 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert not (tmp_path / "manifest.json").exists()
     subprocess.run(line, env=environment, check=True, timeout=120)
     assert same_weights(tmp_path, finished)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_is_trained(
+    images: Path, validation: Path, tmp_path: Path, config: PretrainConfig
+) -> None:
+    """torch.compile on the CPU: continued in its middle, close to the run that is not compiled, loaded by timm."""
+    short = replace(config, epochs=2)
+    for name, compiled in (("plain", False), ("compiled", True)):
+        run = replace(short, compile=compiled)
+        assert not pretrain(run, images, tmp_path / name, validation=validation, stop_after=2)
+        assert pretrain(run, images, tmp_path / name, validation=validation)
+    plain, compiled = (load_file(tmp_path / name / WEIGHTS[0]) for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-2, atol=1e-2)
+    timm.create_model("test_resnet", num_classes=2, checkpoint_path=str(tmp_path / "compiled" / WEIGHTS[1]))
+
+
+@pytest.mark.slow
+def test_two_nodes_train_one_network(
+    images: Path, validation: Path, tmp_path: Path, config: PretrainConfig
+) -> None:
+    """Two launchers, as on two machines, that meet at an address; here both are on this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = [
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(port),
+    ]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *meeting, "--node_rank", str(rank),
+             *command(config, images, tmp_path), "--val", str(validation)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            node.kill()
+    manifest = read_manifest(tmp_path, "pretrain")
+    assert manifest["config"]["processes"] == 2
+    assert manifest["updates"] == 9
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ubgen.core.errors import UserError
 from ubgen.dataset import CardFacts, dataset_stats, open_dataset, write_card
-from ubgen.dataset.card import card_text, licence_fields, read_classes
+from ubgen.dataset.card import card_text, licence_fields, read_classes, stated_licence
 from ubgen.dataset.text import escape, plain, safe_names
 
 FACTS = CardFacts(
@@ -92,6 +92,28 @@ def test_markup_is_escaped(hostile: str) -> None:
 )
 def test_licences_of_free_text(text: str, fields: dict[str, str]) -> None:
     assert licence_fields(text) == fields
+
+
+@pytest.mark.parametrize("text", ["", "cc-by-4.0", "ours-ask-us", "https://x.org/l"])
+def test_the_licence_of_a_card_is_found_again(tmp_path: Path, text: str) -> None:
+    assert stated_licence(tmp_path) == ""
+    (tmp_path / "README.md").write_text(card_text(replace(FACTS, licence=text), ["a"]))
+    assert stated_licence(tmp_path) == text
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense:\n- mit\n- gpl-3.0\ntags: [a]\n---\n", "mit"),
+        ("---\ntags: [a]\n---\nlicense: mit\n", ""),
+        ("license: mit\n", ""),
+        ("---\nlicense:\ntags: [a]\n---\n", ""),
+    ],
+)
+def test_licences_in_cards_of_others(tmp_path: Path, card: str, licence: str) -> None:
+    (tmp_path / "README.md").write_text(card)
+    assert stated_licence(tmp_path) == licence
 
 
 @settings(deadline=None)

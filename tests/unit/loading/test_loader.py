@@ -12,7 +12,7 @@ import ubgen.pretrain
 from ubgen.core.errors import UserError
 from ubgen.loading.decode import BrokenSample, decode
 from ubgen.loading.imageset import open_image_set
-from ubgen.loading.loader import resolve
+from ubgen.loading.loader import batches_by_threads, resolve
 from ubgen.pretrain import Augmentation, training_batches
 
 
@@ -162,6 +162,20 @@ def test_a_shard_that_got_shorter_is_an_error_and_not_a_hang(make: SimpleNamespa
         file.truncate(tar.stat().st_size // 2)
     with pytest.raises(BrokenSample, match=r"shard-000000\.tar: sample 00000000"):
         list(training_batches(data, batch_size=2, image_size=16))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("Allocation on device"), MemoryError(), RuntimeError("can't allocate memory")],
+)
+def test_a_lack_of_memory_is_not_a_broken_image(shards: Path, error: Exception) -> None:
+    def transform(data: bytes, seed: int) -> np.ndarray:
+        raise error
+
+    data, skipped = open_image_set(shards), []
+    with pytest.raises(type(error)):
+        next(batches_by_threads(data, np.arange(4), transform, 4, lambda i: i, 1, skipped.append))
+    assert not skipped
 
 
 def test_the_loader_stops_when_it_is_left(shards: Path) -> None:
