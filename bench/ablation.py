@@ -1,111 +1,206 @@
-"""Fine-tuning on the miniature: the full loss, and each of its terms left out, against the base generator.
+"""The experiment of PROTOCOL-fine-tuning.md on the miniature: which terms lower the bias, and at what price.
 
-    .venv/bin/python bench/ablation.py --per-class 100
+    .venv/bin/python bench/ablation.py             # every arm and seed, one after another; hours
+    .venv/bin/python bench/ablation.py --report    # only write the page, from the runs that are finished
 
-Trains with the miniature recipe (the paper's Table 4 in small), measures all generators on the same noise with a seed
-that no setting was chosen on, and writes bench/results/fine-tuning.{json,md} with one contact sheet per generator.
-Finished training runs and measurements in runs/ablation are kept; unfinished ones are continued.
+Each run is a real `ubgen-train` and a measurement of 400 images. Called again it continues; finished runs are kept.
+After every run bench/results/fine-tuning.{json,md} are written anew, with one contact sheet per arm.
 """
 
 import json
-import os
+import statistics
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from ubgen.benchmark import Table, machine_record
 from ubgen.benchmark.machine import describe
 from ubgen.core.config import load_recipe, to_dict
+from ubgen.core.files import atomic_write
 from ubgen.core.stage import MANIFEST
 from ubgen.train import TrainConfig
 
-RUNS: dict[str, list[str] | None] = {
-    "full": [],
-    "no-entire": ["--losses.entire", "0"],
-    # the adversary waits for what the individual term raises; here it plays from the start
-    "no-individual": ["--losses.individual", "0", "--losses.entire-rise", "None"],
-    "no-quality": ["--losses.quality", "0"],
-    "base": None,
+BASE = "base"
+EQ8 = {
+    # the paper's weights, and its learning rates times 10; none of what is ours
+    "losses.entire": 1, "losses.individual": 1, "losses.quality": 0.1,
+    "generator.lr": 2e-4, "discriminator.lr": 1e-4,
+    "losses.class-mean": 0, "losses.class-spread": 0, "losses.trust": 0, "generator.ema": 0,
+}  # fmt: skip
+ARMS: dict[str, dict[str, float]] = {
+    BASE: {},
+    "eq8": EQ8,
+    "recommended": {},
+    "recommended-adversary": {"losses.entire": 1},
+    "eq8-no-entire": EQ8 | {"losses.entire": 0},
+    "eq8-no-individual": EQ8 | {"losses.individual": 0},
+    "eq8-no-quality": EQ8 | {"losses.quality": 0},
 }
-
+HIGHER, SHARE = ("class_accuracy", "quality"), ("background_entropy", "within_class_variance")
 READING = "## Reading"  # from here on fine-tuning.md is written by hand, and kept
+
+Measures = dict[str, float]
+Results = dict[str, dict[int, Measures]]
+"""Of each arm, by training seed; the base generator's single row has the seed 0."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Compare the losses on the miniature."""
+    """Train and measure every arm with every seed, in the protocol's order."""
 
     work: Path = Path("runs/ablation")
-    """Directory of the training runs."""
+    """Directory of the training runs and measurements."""
     out: Path = Path("bench/results")
-    """Directory of the figures."""
-    per_class: int = 100
-    """Images per class and generator."""
-    seed: int = 1000
+    """Directory of the page."""
+    seeds: tuple[int, ...] = (11, 12, 13, 14, 15)
+    """Training seeds."""
+    noise_seed: int = 3000
     """Seed of the measured images' noise."""
-    parallel: int = 2
-    """Generators at a time, one thread each."""
-    runs: tuple[str, ...] = tuple(RUNS)
-    """Which generators."""
+    per_class: int = 40
+    """Images per class and run."""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """Which arms."""
+    updates: int | None = None
+    """Updates of every run, for a trial; the recipe's if not given."""
+    report: bool = False
+    """Run nothing; write the page from the runs that are finished."""
+    pages: bool = True
+    """Write the page after every run."""
 
 
-def call(command: list[str | Path]) -> None:
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def plan(given: Arguments) -> Iterator[tuple[str, int]]:
+    """(arm, seed) in order: the base generator once, then seed by seed."""
+    if BASE in given.arms:
+        yield BASE, 0
+    for seed in given.seeds:
+        for arm in given.arms:
+            if arm != BASE:
+                yield arm, seed
 
 
-def play(name: str, given: Arguments) -> dict[str, float]:
-    """Train and measure one generator; returns its measures and the minutes that training took."""
-    overrides, run, measured = RUNS[name], given.work / name, given.work / "measured" / name
-    if overrides is not None and not (run / MANIFEST).is_file():
-        start = time.monotonic()
-        call([Path(sys.executable).parent / "ubgen-train", "--recipe", "miniature", "--out", run, *overrides])
-        (given.work / f"{name}.minutes").write_text(f"{(time.monotonic() - start) / 60:.2f}")
-    if not (measured / "measures.json").is_file():
-        lora: list[str | Path] = ["--no-base", "--lora", run] if overrides is not None else []
-        noise = ["--per-class", str(given.per_class), "--seed", str(given.seed)]
-        call([sys.executable, "-m", "ubgen.miniature.measure", *lora, *noise, "--out", measured])
-    (measures,) = json.loads((measured / "measures.json").read_text()).values()
-    took = given.work / f"{name}.minutes"
-    return {**measures, **({"minutes_of_training": float(took.read_text())} if took.is_file() else {})}
+def measured(given: Arguments, arm: str, seed: int) -> Path:
+    return given.work / "measured" / f"{arm}-{seed}"
 
 
-def report(rows: dict[str, dict[str, float]], machine: dict[str, Any], given: Arguments) -> str:
-    recipe = load_recipe("miniature", TrainConfig)
-    table = Table("Measures", ("measure", *rows), text_columns=1)
-    for measure in dict.fromkeys(key for row in rows.values() for key in row):
-        shown = (f"{row[measure]:.4g}" if measure in row else "" for row in rows.values())
-        table.rows.append((measure.replace("_", " "), *shown))
+def play(given: Arguments, arm: str, seed: int) -> None:
+    """Train and measure, unless it was done before."""
+    target, trained = measured(given, arm, seed), given.work / f"{arm}-{seed}"
+    if (target / "measures.json").is_file():
+        return
+    generator: list[str | Path] = []
+    if arm != BASE:
+        if not (trained / MANIFEST).is_file():
+            program = Path(sys.executable).parent / "ubgen-train"
+            options = ["--recipe", "miniature", "--seed", str(seed), "--out", str(trained)]
+            options += [f"--{name}={value}" for name, value in ARMS[arm].items()]
+            options += ["--max-updates", str(given.updates)] if given.updates else []
+            subprocess.run([program, *options], check=True)
+        generator = ["--no-base", "--lora", trained]
+    noise = ["--per-class", str(given.per_class), "--seed", str(given.noise_seed)]
+    subprocess.run(
+        [sys.executable, "-m", "ubgen.miniature.measure", *generator, *noise, "--out", target], check=True
+    )
+
+
+def finished(given: Arguments) -> Results:
+    """What has been measured so far."""
+    results: Results = {}
+    for arm, seed in plan(given):
+        path = measured(given, arm, seed) / "measures.json"
+        if path.is_file():
+            (results.setdefault(arm, {})[seed],) = json.loads(path.read_text()).values()
+    return results
+
+
+def cell(values: list[float]) -> str:
+    """The median, and the range where there are several."""
+    middle = f"{statistics.median(values):.3f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.3f} to {max(values):.3f})"
+
+
+def reached(base: Measures, row: Measures) -> bool:
+    """All that was hoped for of one run."""
+    return (
+        row["mutual_information"] <= 0.6 * base["mutual_information"]
+        and all(row[name] >= base[name] for name in HIGHER)
+        and all(row[name] >= 0.85 * base[name] for name in SHARE)
+    )
+
+
+def tables(results: Results, given: Arguments) -> str:
+    names = [name for name in next(iter(results[BASE].values())) if name != "images"]
+    base = results[BASE][0]
+    main = Table("Measures", ("measure", *results), text_columns=1)
+    main.rows.append(("runs", *(str(len(runs)) for runs in results.values())))
+    for name in names:
+        cells = (cell([row[name] for row in runs.values()]) for runs in results.values())
+        main.rows.append((name.replace("_", " "), *cells))
+    changes = [
+        [row["mutual_information"] / base["mutual_information"] - 1 for row in runs.values()]
+        for runs in results.values()
+    ]
+    main.rows.append(("mutual information, change", *map(cell, changes)))
+    counts = (str(sum(reached(base, row) for row in runs.values())) for runs in results.values())
+    main.rows.append(("runs that reach all that was hoped for", *counts))
+    each = Table("Every run", ("arm", "seed", *(name.replace("_", " ") for name in names)), text_columns=1)
+    for arm, runs in results.items():
+        for seed, row in runs.items():
+            shown = "" if arm == BASE else str(seed)
+            each.rows.append((arm, shown, *(f"{row[name]:.3f}" for name in names)))
+    return f"{main.markdown()}\n{each.markdown()}"
+
+
+def report(results: Results, given: Arguments) -> str:
+    recipe, total = load_recipe("miniature", TrainConfig), sum(1 for _ in plan(given))
+    done = sum(len(runs) for runs in results.values())
+    so_far = f"All {total} runs are" if done == total else f"**{done} of {total} runs are**"
+    seeds, images = ", ".join(map(str, given.seeds)), 10 * given.per_class
     return f"""# Fine-tuning on the miniature
 
-Miniature recipe, {recipe.max_updates} updates of {recipe.batch_size} images; {given.per_class} images per class on the
-noise of seed {given.seed}, 50 PNDM steps, guidance 2. Made by `bench/ablation.py`; pictures beside this file, one
-column per class. {describe(machine)}.
+What is compared was decided before the first run: [the protocol](../PROTOCOL-fine-tuning.md). {so_far} measured.
+{given.updates or recipe.max_updates} updates of {recipe.batch_size} images; training seeds {seeds}; {images} images
+per run on the noise of seed {given.noise_seed}, 50 PNDM steps, guidance 2. Cells: the median over the seeds, and the
+range. Made by `bench/ablation.py`. {describe(machine_record())}.
 
-{table.markdown()}"""
+{tables(results, given)}"""
+
+
+def write_page(given: Arguments) -> None:
+    results = finished(given)
+    if BASE not in results:
+        print(f"{given.work}: the base generator is not measured yet; no page is written")
+        return
+    given.out.mkdir(parents=True, exist_ok=True)
+    record = {
+        "recipe": to_dict(load_recipe("miniature", TrainConfig)),
+        "arms": {arm: ARMS[arm] for arm in given.arms},
+        "noise_seed": given.noise_seed,
+        "measures": results,
+        "machine": machine_record(),
+    }
+    atomic_write(given.out / "fine-tuning.json", json.dumps(record, indent=1) + "\n")
+    written = given.out / "fine-tuning.md"
+    reading = written.read_text().partition(READING)[2] if written.is_file() else ""
+    text = report(results, given) + f"\n{READING}" + (reading or "\n\nNot written yet.\n")
+    atomic_write(written, text)
+    for arm, runs in results.items():
+        (sheet,) = measured(given, arm, min(runs)).glob("*.png")
+        atomic_write(given.out / f"fine-tuning-{arm}.png", sheet.read_bytes())
 
 
 def main() -> None:
     given = tyro.cli(Arguments, prog="bench/ablation.py")
-    with ThreadPoolExecutor(given.parallel) as pool:
-        played = dict(zip(given.runs, pool.map(lambda name: play(name, given), given.runs), strict=True))
-    rows = {name: played[name] for name in sorted(given.runs, key=lambda name: name != "base")}
-    given.out.mkdir(parents=True, exist_ok=True)
-    machine = machine_record()
-    record = {"recipe": to_dict(load_recipe("miniature", TrainConfig)), "measures": rows, "machine": machine}
-    (given.out / "fine-tuning.json").write_text(json.dumps(record, indent=2) + "\n")
-    written = given.out / "fine-tuning.md"
-    before = written.read_text() if written.is_file() else ""
-    reading = before.partition(READING)[2] or "\n\n(not written yet)\n"
-    written.write_text(report(rows, machine, given) + "\n" + READING + reading)
-    for name in rows:
-        (sheet,) = (given.work / "measured" / name).glob("*.png")
-        (given.out / f"fine-tuning-{name}.png").write_bytes(sheet.read_bytes())
+    if not given.report:
+        for arm, seed in plan(given):
+            play(given, arm, seed)
+            if given.pages:
+                write_page(given)
+    if given.report or given.pages:
+        write_page(given)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from ubgen.train.update import discriminator_update, warmup_features
 class Kind:
     """A discriminator."""
 
-    features: Literal["raw", "normalised", "centred"]
+    features: Literal["raw", "normalised"]
     hidden: int
     lr: float
     weight_decay: float
@@ -47,8 +47,6 @@ KINDS = (
     Kind("raw", 64, 1e-4, 30.0),
     Kind("normalised", 3, 1e-3, 0.01),
     Kind("normalised", 64, 1e-3, 0.01),
-    Kind("centred", 3, 1e-3, 10.0),
-    Kind("centred", 64, 1e-3, 10.0),
 )
 
 
@@ -124,8 +122,6 @@ def looks(
     classes = load_classes(config.classes)
     adversary = make_adversary(config, clip, classes, torch.device("cpu"))
     assert adversary is not None
-    if adversary.centre is not None:
-        adversary.centre.observe(images_ND)
     draws, found = torch.Generator().manual_seed(seed), []
     for update in range(max(at)):
         rows = torch.arange(update * 16, update * 16 + 16) % len(images_ND)
@@ -133,7 +129,7 @@ def looks(
         loss = discriminator_update(adversary, config, images_ND[rows], negatives)["discriminator_loss"]
         if update + 1 in at:
             images = images_ND.clone().requires_grad_(True)
-            entire = entire_alignment_loss(adversary.network, adversary.project(images)) * len(images)
+            entire = entire_alignment_loss(adversary.network, images) * len(images)
             (gradient,) = torch.autograd.grad(entire, images)
             gradient = gradient * images_ND.norm(dim=1, keepdim=True)  # on the unit feature
             cosine = F.cosine_similarity(gradient, bias_CD[labels_N], dim=1)  # the generator goes against it
@@ -178,6 +174,7 @@ def main() -> None:
     given = tyro.cli(Arguments)
     config = load_recipe("miniature", TrainConfig)
     config = replace(config, rollout=replace(config.rollout, sampler="pndm", steps=given.steps))
+    config = replace(config, losses=replace(config.losses, entire=1.0))  # otherwise there is no discriminator
     names = load_classes(config.classes).names
     images, labels = base_features(config, given.batches)
     clip = Clip.load(config.networks.clip)

@@ -69,9 +69,7 @@ def quickstart(given: Arguments) -> None:
         f"Quickstart: fine-tuning is shortened to {given.updates} updates (the miniature recipe has {full})."
     )
     train, engine, dataset = (given.out / name for name in ("train", "engine", "dataset"))
-    averaged = max(1, given.updates // 3)
-    shorter = ["--max-updates", str(given.updates), "--generator.average-last", str(averaged)]
-    stage(console, train, ["ubgen-train", "--recipe", "miniature", *shorter])
+    stage(console, train, ["ubgen-train", "--recipe", "miniature", "--max-updates", str(given.updates)])
     stage(console, engine, ["ubgen-export", "--spec", "miniature", "--lora", str(train)])
     synth = [
         "ubgen-synth",

@@ -7,6 +7,7 @@ from ubgen.diffusion.lora import (
     merge_lora,
     restore_lora,
     save_lora,
+    without_lora,
 )
 from ubgen.diffusion.lora_files import LORA_FILE, find_lora, read_lora
 from ubgen.diffusion.noise import hashed_generator, initial_noise
@@ -49,4 +50,5 @@ __all__ = [
     "tokenize",
     "training_steps",
     "with_sampler",
+    "without_lora",
 ]

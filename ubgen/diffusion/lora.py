@@ -1,6 +1,8 @@
 """LoRA on the UNet, through peft, stored as diffusers stores it."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,16 @@ def add_lora(
 def lora_parameters(unet: Any) -> list[nn.Parameter]:
     """The LoRA's parameters in a fixed order (by name)."""
     return [parameter for name, parameter in sorted(unet.named_parameters()) if ".lora_" in name]
+
+
+@contextmanager
+def without_lora(unet: Any) -> Iterator[None]:
+    """Inside, `unet` computes as if it had no LoRA. What it computed before keeps its gradient."""
+    unet.disable_adapters()
+    try:
+        yield
+    finally:
+        unet.enable_adapters()
 
 
 def save_lora(unet: Any, directory: str | Path) -> Path:

@@ -42,39 +42,3 @@ class Discriminator(nn.Module):
         with torch.autocast(features_BD.device.type, enabled=False):
             x = features_BD.to(next(self.parameters()).dtype)
             return self.head["cls"](F.normalize(x, dim=-1) if self.normalised else x)
-
-
-class Centre(nn.Module):
-    """Takes the gap between CLIP's two towers out of the discriminator's sight.
-
-    Images and texts lie in two clouds far apart, by more than anything that an image shows (Liang et al. 2022, "Mind
-    the Gap"). A discriminator that sees it needs nothing else, and the generator cannot close it. So each side's unit
-    features lose their own mean and are scaled by the square root of their width. The images' mean is that of all
-    images given to `observe` (the base generator's, in the warm-up); it stays as it is afterwards, so that a generator
-    that moves as a whole is seen.
-    """
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("total", torch.zeros(dim, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-
-    @torch.no_grad()
-    def observe(self, features_BD: Tensor) -> None:
-        """Count these images, features (B, dim), into the mean."""
-        self.total += F.normalize(features_BD.double(), dim=-1).sum(0)
-        self.count += len(features_BD)
-
-    def images(self, features_BD: Tensor) -> Tensor:
-        """CLIP features of images (B, dim) -> what the discriminator sees of them."""
-        mean = (self.total / self.count).to(features_BD.dtype)
-        return (F.normalize(features_BD, dim=-1) - mean) * features_BD.shape[-1] ** 0.5
-
-    @staticmethod
-    def texts(features_ND: Tensor) -> Tensor:
-        """CLIP features of all class names (N, dim) -> what the discriminator sees of them."""
-        unit = F.normalize(features_ND, dim=-1)
-        return (unit - unit.mean(0)) * features_ND.shape[-1] ** 0.5

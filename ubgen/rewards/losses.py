@@ -104,15 +104,18 @@ def quality_loss(scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of Eq. 8's terms, the paper's by default (lambda_1 = 0.1). 0 switches a term off."""
+    """Weights of Eq. 8's terms, the paper's by default (lambda_1 = 0.1), and of ours, off by default. 0 is off."""
 
     entire: float = 1.0
     individual: float = 1.0
     quality: float = 0.1
+    class_mean: float = 0.0
+    class_spread: float = 0.0
+    trust: float = 0.0
 
 
 def generator_loss(terms: dict[str, Tensor], weights: LossWeights = LossWeights()) -> Tensor:
-    """Eq. 8: L = L_en + L_in + lambda * L_q, over those of the terms "entire", "individual", "quality" given.
+    """Eq. 8: L = L_en + L_in + lambda * L_q, over those of the terms given, each named as its weight; and ours.
 
     A missing term counts as 0, so a switched-off loss need not be computed. ValueError when none is given.
     """

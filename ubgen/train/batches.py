@@ -24,6 +24,7 @@ class Batch:
     latents: Tensor  # (B, C, h, w)
     step_noise: Tensor  # (steps, B, C, h, w), used by DDPM
     grad_steps: list[int]
+    compared_step: int  # one of them, where the base UNet's noise is computed, too
 
 
 def updates_for(epochs: float, classes: int, global_batch: int) -> int:
@@ -48,6 +49,7 @@ def draw_batch(
     noise = [_image_noise(config, shape, phase, position) for position in positions]
     start = hashed_generator("start", config.seed, phase, update, rank)
     rollout = config.rollout
+    grad_steps = draw_training_steps(rollout.steps, rollout.grad_steps, start, rollout.sampler)
     return Batch(
         classes_B=classes,
         # only the entire alignment loss needs them
@@ -56,7 +58,8 @@ def draw_batch(
         else classes,
         latents=torch.stack([n[0] for n in noise]),
         step_noise=torch.stack([n[1:] for n in noise], dim=1),
-        grad_steps=draw_training_steps(rollout.steps, rollout.grad_steps, start, rollout.sampler),
+        grad_steps=grad_steps,
+        compared_step=grad_steps[int(torch.randint(len(grad_steps), (), generator=start))],
     )
 
 

@@ -20,8 +20,8 @@ STATE_FILE = "state.pt"
 
 
 def save_checkpoint(directory: Path, state: TrainState, done: int, warmup: int, keep: int) -> Path:
-    """Write `directory`/<done>/: the weights, the optimisers, the loss scale, the running means; then drop
-    all but the newest `keep`, or none for 0.
+    """Write `directory`/<done>/: the weights, and all else that the next update needs; then drop all but the newest
+    `keep`, or none for 0.
 
     The files are written under a temporary name first, so a failure (a full disk, a kill) leaves the earlier
     checkpoints as they were.
@@ -47,7 +47,7 @@ def save_weights(directory: Path, state: TrainState) -> None:
     """The LoRA in diffusers format, and the discriminator if there is one."""
     save_lora(state.sd.unet, directory)
     if state.adversary is not None:
-        tensors = {name: t.detach().cpu() for name, t in state.adversary.state_dict().items()}
+        tensors = {name: t.detach().cpu() for name, t in state.adversary.network.state_dict().items()}
         atomic_write(directory / DISCRIMINATOR_FILE, save(tensors))
 
 
@@ -65,7 +65,8 @@ def restore_checkpoint(path: Path, state: TrainState) -> tuple[int, int]:
     saved = _readable(path, lambda: torch.load(path / STATE_FILE, map_location="cpu", weights_only=True))
     restore_lora(state.sd.unet, path / LORA_FILE)
     if state.adversary is not None:
-        state.adversary.load_state_dict(_readable(path, lambda: load_file(path / DISCRIMINATOR_FILE)))
+        saved_network = _readable(path, lambda: load_file(path / DISCRIMINATOR_FILE))
+        state.adversary.network.load_state_dict(saved_network)
     for name, part in _stateful(state).items():
         part.load_state_dict(saved[name])
     return int(saved["done"]), int(saved["warmup"])
@@ -98,7 +99,7 @@ def _stateful(state: TrainState) -> dict[str, Any]:
         "discriminator_health": state.adversary and state.adversary.health,
         "scaler": state.scaler,
         "average": state.average,
-        "rise": state.rise,
+        "class_moments": state.class_moments,
     }
     return {name: part for name, part in parts.items() if part is not None}
 

@@ -18,15 +18,18 @@ _MAY_BE_ZERO = {
     "losses.entire",
     "losses.individual",
     "losses.quality",
+    "losses.class_mean",
+    "losses.class_spread",
+    "losses.trust",
     "generator.weight_decay",
-    "generator.average_last",
+    "generator.ema",
     "discriminator.weight_decay",
     "discriminator.warmup_epochs",
     "discriminator.warmup_updates",
     "output.grid_every",
     "output.keep_checkpoints",
 }
-_PAIRS = {"generator.betas", "discriminator.betas", "losses.entire_rise"}  # have rules of their own
+_PAIRS = {"generator.betas", "discriminator.betas"}  # have rules of their own
 _MAY_BE_NEGATIVE = {"seed", "rollout.guidance", "discriminator.slope"}
 _FILES = {
     "stable_diffusion": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
@@ -72,7 +75,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of Eq. 8's terms; 0 switches a term off."""
+    """Weights of Eq. 8's terms, and of three more that are not the paper's but ours; 0 switches a term off."""
 
     entire: float = 1.0
     """Weight of the entire alignment loss (Eq. 5): the adversarial term."""
@@ -84,9 +87,22 @@ class LossConfig:
     """Generator's form of Eq. 5: -log D (as released), or log(1 - D) (as printed)."""
     log_unused: bool = True
     """Also measure the rewards whose weight is 0, without gradient; otherwise their networks are not loaded."""
-    entire_rise: tuple[float, float] | None = None
-    """Two rises of the mean CLIP similarity over the warm-up's: the entire loss's weight grows from 0 at the first to
-    its full value at the second. It shrinks again where similarity falls back. None: always the full weight."""
+    class_mean: float = 0.0
+    """Ours, not the paper's. Weight of the class-level term against bias: within every class the mean of what an image
+    shows beside its class should be the base generator's mean over all classes."""
+    class_spread: float = 0.0
+    """Ours, not the paper's. Weight of the class-level term for variety: the same for the variance, where too small."""
+    class_queue: int = 24
+    """Last images of a class whose mean and variance are taken. A class with fewer has no class-level loss."""
+    class_directions: int = 12
+    """Directions of CLIP's space in which they are taken: the main ones of the base generator's images."""
+    trust: float = 0.0
+    """Ours, not the paper's. Weight of the trust region: the squared distance between the noise that the tuned and the
+    base UNet predict. It is logged whatever its weight."""
+
+    @property
+    def class_level(self) -> bool:
+        return self.class_mean > 0 or self.class_spread > 0
 
 
 @dataclass(frozen=True)
@@ -110,10 +126,8 @@ class GeneratorConfig:
     """AdamW's epsilon."""
     clip: float = 0.1
     """Largest global gradient norm."""
-    average_last: int = 0
-    """The result is the mean of the LoRA over this many last updates; 0: the LoRA after the last one."""
-    average_strength: float = 1.0
-    """Factor on that mean's change of the UNet's weights."""
+    ema: float = 0.0
+    """Decay of the LoRA's exponential moving average, which is then the result; 0: the LoRA after the last update."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +140,8 @@ class DiscriminatorConfig:
     """Activation: the paper's ReLU, or LeakyReLU as released."""
     slope: float = 0.2
     """Slope of the LeakyReLU."""
-    features: Literal["raw", "normalised", "centred"] = "raw"
-    """The input: CLIP features as they are, L2-normalised, or L2-normalised and centred. Centred: images and texts each
-    lose their own mean; the images' mean is measured in the warm-up."""
+    features: Literal["raw", "normalised"] = "raw"
+    """The input: CLIP features as they are, or L2-normalised."""
     lr: float = 1e-5
     """Learning rate against the generator, constant."""
     betas: tuple[float, float] = (0.0, 0.999)
@@ -140,7 +153,8 @@ class DiscriminatorConfig:
     clip: float = 1.0
     """Largest global gradient norm."""
     warmup_epochs: float = 1.0
-    """Passes over the class list in which the discriminator trains alone, at twice the batch size."""
+    """Passes over the class list in which the discriminator trains alone, at twice the batch size. The class-level
+    terms measure the base generator in it."""
     warmup_updates: int | None = None
     """Length of that phase in updates; replaces warmup_epochs."""
     warmup_until: float | None = None
@@ -232,37 +246,29 @@ def _check_numbers(config: TrainConfig) -> None:
 def _check_combinations(config: TrainConfig) -> None:
     if config.rollout.grad_steps > config.rollout.steps:
         raise UserError(f"rollout.grad_steps must be at most rollout.steps ({config.rollout.steps})")
-    if config.losses.entire == config.losses.individual == config.losses.quality == 0:
+    losses, opponent = config.losses, config.discriminator
+    if not any((losses.entire, losses.individual, losses.quality, losses.class_mean, losses.class_spread)):
         raise UserError(
-            "losses: all three weights are 0; switch on at least one of entire, individual, quality"
+            "losses: all weights of rewards are 0; switch on at least one of entire, individual, quality, class_mean, "
+            "class_spread"
         )
-    if config.generator.average_strength != 1 and config.generator.average_last == 0:
-        raise UserError(
-            "generator.average_strength needs a mean, but generator.average_last is 0; "
-            "add --generator.average-strength 1"
-        )
-    opponent = config.discriminator
+    if config.generator.ema >= 1:
+        raise UserError(f"generator.ema must be below 1, not {config.generator.ema}")
     warmup = opponent.warmup_epochs if opponent.warmup_updates is None else opponent.warmup_updates
-    if config.losses.entire > 0 and opponent.features == "centred" and warmup == 0:
-        raise UserError('discriminator.features "centred" needs a warm-up, which measures the images\' mean')
     if opponent.warmup_until is not None:
         if not 0.5 <= opponent.warmup_until <= 1:
             raise UserError(f"discriminator.warmup_until must lie in 0.5 to 1, not {opponent.warmup_until}")
-        if config.losses.entire > 0 and warmup == 0:
+        if losses.entire > 0 and warmup == 0:
             raise UserError("discriminator.warmup_until needs a warm-up to go on with, whose length is 0")
     if opponent.warmup_limit < 1:
         raise UserError(f"discriminator.warmup_limit must be at least 1, not {opponent.warmup_limit}")
-    if config.losses.entire_rise is not None:
-        low, high = config.losses.entire_rise
-        if not 0 <= low < high:
-            raise UserError(f"losses.entire_rise must be two rising numbers from 0 on, not {low} and {high}")
-        if config.losses.entire > 0 and warmup == 0:
-            raise UserError("losses.entire_rise needs a warm-up, in which the base similarity is measured")
-        if config.losses.entire > 0 and config.losses.individual == 0:
-            raise UserError(
-                "losses.entire_rise needs the individual loss, whose weight is 0: nothing else raises similarity, "
-                "so the entire loss would never set in; add --losses.entire-rise None"
-            )
+    if losses.class_level and warmup == 0:
+        raise UserError(
+            "losses.class_mean and class_spread compare with the base generator's images, which the warm-up makes; "
+            "add --discriminator.warmup-updates with a number, or --discriminator.warmup-epochs 1"
+        )
+    if losses.class_queue < 3:
+        raise UserError(f"losses.class_queue must be at least 3, not {losses.class_queue}")
 
 
 def accumulation(config: TrainConfig, processes: int) -> int:
@@ -304,7 +310,7 @@ def networks_needed(losses: LossConfig) -> list[str]:
     """The networks that a run with these losses reads."""
     needed = {
         "stable_diffusion": True,
-        "clip": losses.entire > 0 or losses.individual > 0 or losses.log_unused,
+        "clip": losses.entire > 0 or losses.individual > 0 or losses.class_level or losses.log_unused,
         "qalign": losses.quality > 0 or losses.log_unused,
     }
     return [name for name, is_needed in needed.items() if is_needed]

@@ -29,7 +29,7 @@ from ubgen.train.checkpoint import (
 )
 from ubgen.train.config import TrainConfig, accumulation, network_paths
 from ubgen.train.logging import figures, save_grid
-from ubgen.train.state import Adversary, build_state
+from ubgen.train.state import build_state
 from ubgen.train.update import Diverged, Metrics, discriminator_update, generator_update, warmup_features
 
 CHANCE = 0.6  # up to this accuracy the discriminator at the warm-up's end is taken to guess
@@ -62,8 +62,8 @@ def run_training(
         run.restore()
         finished = run.play(stop_after)
         if finished and stage is not None:
-            run.average()
-            save_weights(out, run.state)
+            with run.state.averaged():
+                save_weights(out, run.state)
             stage.finish(run.inputs(), updates=run.updates, images_seen=run.updates * run.global_batch)
         console.print(f"{out}: {'finished' if finished else 'stopped; the same command continues'}")
         return finished
@@ -134,7 +134,7 @@ class Run:
                 while self.done not in (last, self.total):
                     metrics = self._timed_update()
                     if self.done == self.warmup:
-                        self._end_warmup()
+                        metrics |= self._end_warmup()
                     if log is not None:
                         phase = "train" if self.done > self.warmup else "warmup"
                         log.write(self.done, phase, metrics)
@@ -155,28 +155,26 @@ class Run:
         """All updates, as far as is known: the warm-up may go on until the discriminator is good."""
         return self.warmup + self.updates
 
-    def _end_warmup(self) -> None:
+    def _end_warmup(self) -> Metrics:
         """After the last update of the warm-up: another one where `warmup_until` asks for it; else say how it went."""
         adversary, settings = self.state.adversary, self.config.discriminator
-        assert adversary is not None  # without one there is no warm-up
-        accuracy, wanted = adversary.health.accuracy(), settings.warmup_until
-        planned = _warmup_updates(self.config, len(self.classes), self.global_batch)
-        if wanted is not None and accuracy < wanted and self.warmup < planned * settings.warmup_limit:
-            self.warmup += 1
-        elif self.process.is_main_process and accuracy < CHANCE:
-            warn(
-                f"after the warm-up the discriminator is right about {accuracy:.0%} of images and texts that it has "
-                "not been trained on, where guessing gives 50%: its loss will push the images where the seed points. "
-                "What helps: a longer warm-up (--discriminator.warmup-epochs, --discriminator.warmup-until), or a "
-                "higher --discriminator.lr"
-            )
-
-    def average(self) -> None:
-        """Put the mean of the last updates in place of the LoRA, where that is wanted, and show it."""
-        if self.state.average is not None:
-            self.state.average.apply()
-            if self.config.output.grid_every:
-                save_grid(self.out / SAMPLES / "average.png", self.state, self.config)
+        if adversary is not None:
+            accuracy, wanted = adversary.health.accuracy(), settings.warmup_until
+            planned = _warmup_updates(self.config, len(self.classes), self.global_batch)
+            if wanted is not None and accuracy < wanted and self.warmup < planned * settings.warmup_limit:
+                self.warmup += 1
+                return {}
+            if self.process.is_main_process and accuracy < CHANCE:
+                warn(
+                    f"after the warm-up the discriminator is right about {accuracy:.0%} of images and texts that it "
+                    "has not been trained on, where guessing gives 50%: its loss will push the images where the seed "
+                    "points. What helps: a longer warm-up (--discriminator.warmup-epochs, "
+                    "--discriminator.warmup-until), or a higher --discriminator.lr"
+                )
+        if self.state.class_moments is None:
+            return {}
+        self.state.class_moments.fit()
+        return {"class_variance_held": self.state.class_moments.held}
 
     def inputs(self) -> dict[str, Path | str]:
         """The directories that this run read, for the manifest."""
@@ -194,13 +192,9 @@ class Run:
     def _warmup_update(self) -> Metrics:
         batches = self._batches("warmup", self.done, 2 * self.config.batch_size)
         features, metrics = warmup_features(self.state, self.config, batches)
-        adversary = self.state.adversary
-        assert adversary is not None  # without one there is no warm-up
-        if adversary.centre is not None:
-            adversary.centre.observe(gather(features))
-        if self.state.rise is not None:
-            self.state.rise.observe_base(metrics["clip_similarity"])
-        return metrics | self._update_adversary(adversary, features, batches)
+        if self.state.class_moments is not None:
+            self.state.class_moments.collect(gather(features), self._classes(batches))
+        return metrics | self._update_adversary(features, batches)
 
     def _train_update(self) -> Metrics:
         """The generator first, against the discriminator as it is; then the discriminator, on the same images."""
@@ -212,17 +206,23 @@ class Run:
                 f"time(s), down to a loss scale of {metrics['loss_scale']:g}"
             )
         metrics["generator_lr"] = self.config.generator.lr
-        average, last = self.state.average, self.warmup + self.updates - self.config.generator.average_last
-        if average is not None and self.done >= last:
-            average.add()
-        adversary = self.state.adversary
-        if adversary is not None and features is not None:
-            metrics |= self._update_adversary(adversary, features, batches)
-        return metrics
+        if self.state.average is not None:
+            self.state.average.update()
+        if features is None:
+            return metrics
+        if self.state.class_moments is not None:
+            self.state.class_moments.push(gather(features), self._classes(batches))
+        return metrics | self._update_adversary(features, batches)
 
-    def _update_adversary(self, adversary: Adversary, features: Tensor, batches: list[Batch]) -> Metrics:
+    def _classes(self, batches: list[Batch]) -> Tensor:
+        """Class indices of these batches' images, of all processes."""
+        return gather(torch.cat([batch.classes_B for batch in batches]).to(self.state.device))
+
+    def _update_adversary(self, features: Tensor, batches: list[Batch]) -> Metrics:
+        if self.state.adversary is None:
+            return {}
         negatives = torch.cat([batch.negatives_B for batch in batches])
-        metrics = discriminator_update(adversary, self.config, features, negatives)
+        metrics = discriminator_update(self.state.adversary, self.config, features, negatives)
         return {**metrics, "discriminator_lr": self.config.discriminator.lr}
 
     def _batches(self, phase: str, update: int, size: int) -> list[Batch]:
@@ -247,7 +247,8 @@ class Run:
             return
         path = self.out / SAMPLES / f"{update:06d}.png"
         if (update % every == 0 or update == self.updates) and not path.exists():
-            save_grid(path, self.state, self.config)
+            with self.state.averaged():
+                save_grid(path, self.state, self.config)
 
     def _announce(self) -> None:
         process, config = self.process, self.config
@@ -275,7 +276,7 @@ class Run:
 
 def _warmup_updates(config: TrainConfig, classes: int, global_batch: int) -> int:
     settings = config.discriminator
-    if config.losses.entire == 0:
+    if config.losses.entire == 0 and not config.losses.class_level:
         return 0
     if settings.warmup_updates is not None:
         return settings.warmup_updates

@@ -1,6 +1,8 @@
 """What a run trains and what it trains with: networks, optimisers, encoded texts, and the means that it keeps."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +13,14 @@ from ubgen.core import probes
 from ubgen.core.classes import ClassList, compared
 from ubgen.core.errors import UserError
 from ubgen.diffusion import StableDiffusion, add_lora, encode_prompts, load_stable_diffusion, with_sampler
-from ubgen.rewards import Centre, Clip, Discriminator, QAlign
+from ubgen.rewards import ClassMoments, Clip, Discriminator, QAlign
 from ubgen.train.config import DiscriminatorConfig, GeneratorConfig, TrainConfig, networks_needed
 
 HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CENTRE = "centre."  # before the names of the centre's tensors in a checkpoint
 HELD_BACK = 256  # images that the discriminator's accuracy is taken over
 FIRST_SCALE = (
     2.0**12
 )  # of the float16 loss; PyTorch's 2^16 overflows at once, and each overflow costs an update's time
-MOMENTUM = 0.9  # of the running mean of similarity: a single batch says too little
 
 
 class DiscriminatorHealth:
@@ -60,97 +60,48 @@ class DiscriminatorHealth:
 
 @dataclass
 class Adversary:
-    """The discriminator and its training: the optimiser, the texts of Eq. 5, and the images' centre if it is used."""
+    """The discriminator and its training: the optimiser and the texts of Eq. 5."""
 
     network: Discriminator
     optimizer: torch.optim.Optimizer
-    class_text_ND: Tensor  # CLIP features of the bare class names, projected
+    class_text_ND: Tensor  # CLIP features of the bare class names
     health: DiscriminatorHealth
-    centre: Centre | None = None
-
-    def project(self, features_BD: Tensor) -> Tensor:
-        """CLIP features of images -> the discriminator's input."""
-        return features_BD if self.centre is None else self.centre.images(features_BD)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tensors of the network, and of the centre if there is one."""
-        centre = {} if self.centre is None else self.centre.state_dict(prefix=CENTRE)
-        return {**self.network.state_dict(), **centre}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        network = {name: tensor for name, tensor in state.items() if not name.startswith(CENTRE)}
-        self.network.load_state_dict(network)
-        if self.centre is not None:
-            centre = {name.removeprefix(CENTRE): state[name] for name in state.keys() - network.keys()}
-            self.centre.load_state_dict(centre)
 
 
-class WeightAverage:
-    """The mean of the LoRA over the last updates: stochastic weight averaging (Izmailov et al. 2018).
+class MovingAverage:
+    """The exponential moving average of the LoRA.
 
-    Two players circle around what they approach. Call `add` after each update that counts. `apply` puts the mean in
-    place of the weights, and multiplies its change of the UNet's weights by `strength`.
+    Its decay grows from 0.1 to `decay`, as in `torch_ema` and diffusers, so that the untrained LoRA is soon forgotten.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], strength: float) -> None:
-        self._parameters = parameters
-        self._factor = strength**0.5  # for either of the two matrices whose product is a layer's change
-        self._sums = [torch.zeros_like(p, requires_grad=False) for p in parameters]
-        self._count = 0
+    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
+        self._parameters, self._decay = parameters, decay
+        self._means = [p.detach().clone() for p in parameters]
+        self._updates = 0
 
     @torch.no_grad()
-    def add(self) -> None:
-        for total, parameter in zip(self._sums, self._parameters, strict=True):
-            total += parameter
-        self._count += 1
+    def update(self) -> None:
+        """After each update of the generator."""
+        decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
+        self._updates += 1
+        for mean, parameter in zip(self._means, self._parameters, strict=True):
+            mean.lerp_(parameter, 1 - decay)
 
     @torch.no_grad()
-    def apply(self) -> None:
-        for total, parameter in zip(self._sums, self._parameters, strict=True):
-            parameter.copy_(total / self._count * self._factor)
+    def swap(self) -> None:
+        """The average in place of the LoRA's weights; a second call puts them back."""
+        for mean, parameter in zip(self._means, self._parameters, strict=True):
+            kept = parameter.clone()
+            parameter.copy_(mean)
+            mean.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self._sums, "count": self._count}
+        return {"means": self._means, "updates": self._updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for total, saved in zip(self._sums, state["sums"], strict=True):
-            total.copy_(saved)
-        self._count = int(state["count"])
-
-
-class EntireRise:
-    """The share of its weight that the entire alignment loss has, by `losses.entire_rise`.
-
-    It grows as the images' CLIP similarity rises over the base generator's, and shrinks where similarity falls back, so
-    that the adversary takes no more than was gained.
-    """
-
-    def __init__(self, low: float, high: float) -> None:
-        self._low, self._high = low, high
-        self._base = self._count = 0.0
-        self._mean: float | None = None
-
-    def observe_base(self, similarity: float) -> None:
-        """The mean similarity of one warm-up update, whose images are the base generator's."""
-        self._base = (self._base * self._count + similarity) / (self._count + 1)
-        self._count += 1
-
-    def observe(self, similarity: float) -> None:
-        """The mean similarity of one update after the warm-up."""
-        before = self._base if self._mean is None else self._mean
-        self._mean = MOMENTUM * before + (1 - MOMENTUM) * similarity
-
-    def share(self) -> float:
-        """0 to 1, for the next update."""
-        rise = 0.0 if self._mean is None else self._mean - self._base
-        return min(1.0, max(0.0, (rise - self._low) / (self._high - self._low)))
-
-    def state_dict(self) -> dict[str, float | None]:
-        return {"base": self._base, "count": self._count, "mean": self._mean}
-
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
-        self._base, self._count = state["base"] or 0.0, state["count"] or 0.0
-        self._mean = state["mean"]
+        for mean, saved in zip(self._means, state["means"], strict=True):
+            mean.copy_(saved)
+        self._updates = int(state["updates"])
 
 
 @dataclass
@@ -171,8 +122,20 @@ class TrainState:
     device: torch.device
     dtype: torch.dtype
     attention: str  # a line for the log
-    average: WeightAverage | None = None
-    rise: EntireRise | None = None
+    average: MovingAverage | None = None
+    class_moments: ClassMoments | None = None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The LoRA as the run's result will have it: the moving average, where there is one."""
+        if self.average is None:
+            yield
+            return
+        self.average.swap()
+        try:
+            yield
+        finally:
+            self.average.swap()
 
     def autocast(self) -> torch.autocast:
         """Mixed precision for the UNet: a float32 LoRA on half-precision weights. The others cast for themselves."""
@@ -192,6 +155,7 @@ def build_state(config: TrainConfig, classes: ClassList, device: torch.device) -
     qalign = QAlign.load(config.networks.qalign, dtype, device) if "qalign" in needed else None
     prompts = [config.prompt.replace("{name}", name) for name in classes.names]
     descriptions = [config.description.replace("{name}", name) for name in classes.names]
+    description_ND = None if clip is None else clip.encode_text(descriptions).float()
     return TrainState(
         sd=sd,
         scheduler=with_sampler(sd.scheduler, config.rollout.sampler),
@@ -203,14 +167,14 @@ def build_state(config: TrainConfig, classes: ClassList, device: torch.device) -
         adversary=make_adversary(config, clip, classes, device),
         prompts_NSD=torch.cat([encode_prompts(sd, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]),
         uncond_1SD=encode_prompts(sd, [""]),
-        descriptions_ND=None if clip is None else clip.encode_text(descriptions).float(),
+        descriptions_ND=description_ND,
         device=device,
         dtype=dtype,
         attention=attention,
-        average=WeightAverage(lora, config.generator.average_strength)
-        if config.generator.average_last
-        else None,
-        rise=EntireRise(*losses.entire_rise) if losses.entire > 0 and losses.entire_rise else None,
+        average=MovingAverage(lora, config.generator.ema) if config.generator.ema else None,
+        class_moments=None
+        if description_ND is None or not losses.class_level
+        else ClassMoments(description_ND, losses.class_queue, losses.class_directions),
     )
 
 
@@ -251,18 +215,11 @@ def make_adversary(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = Discriminator(
-            clip.dim,
-            settings.hidden,
-            settings.activation,
-            settings.slope,
-            "normalised" if settings.features == "normalised" else "raw",
+            clip.dim, settings.hidden, settings.activation, settings.slope, settings.features
         )
     network.to(device)
     optimizer, health = _adamw(list(network.parameters()), settings), DiscriminatorHealth(network)
-    class_text_ND = clip.encode_text(classes.names).float()
-    if settings.features != "centred":
-        return Adversary(network, optimizer, class_text_ND, health)
-    return Adversary(network, optimizer, Centre.texts(class_text_ND), health, Centre(clip.dim).to(device))
+    return Adversary(network, optimizer, clip.encode_text(classes.names).float(), health)
 
 
 def _adamw(

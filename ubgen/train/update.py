@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ubgen.diffusion import decode, rollout, sample
+from ubgen.diffusion import decode, rollout, sample, without_lora
 from ubgen.rewards import (
     LossWeights,
     discriminator_loss,
@@ -47,8 +48,6 @@ def generator_update(
         overflows += not math.isfinite(norm)
         if overflows > RETRIES:
             raise Diverged(f"the gradient norm is {norm} at every loss scale down to {scale:g}")
-    if state.rise is not None:
-        state.rise.observe(means["clip_similarity"])
     means["generator_grad_norm"] = norm
     if state.scaler.is_enabled():
         means |= {"loss_scale": scale, "overflows": float(overflows)}
@@ -62,22 +61,21 @@ def _gradients(
 
     As many processes with a batch each do the same, to rounding.
     """
-    losses = config.losses
-    entire = losses.entire if state.rise is None else losses.entire * state.rise.share()
-    weights = LossWeights(entire, losses.individual, losses.quality)
+    weights = LossWeights(**{term.name: getattr(config.losses, term.name) for term in fields(LossWeights)})
     rows, seen = list[dict[str, Tensor]](), list[Tensor]()
     for batch in batches:
-        images = _rollout_images(state, config, batch)
+        images, distance = _rollout_images(state, config, batch)
         features = _clip_features(state, config, images)
         terms, metrics = _reward_terms(state, config, batch, images, features)
+        metrics["base_distance"] = distance.detach()
+        if weights.trust > 0:
+            terms["trust"] = distance
         loss = generator_loss(terms, weights)
         state.scaler.scale(loss / len(batches)).backward(inputs=state.lora)
         rows.append({"loss": loss.detach(), **metrics})
         seen += [] if features is None else [features.detach()]
     means = _mean_over_processes(_mean_over_batches(rows))
     _require_finite_loss(means)
-    if "loss_entire" in means:
-        means["weight_entire"] = entire
     return torch.cat(seen) if seen else None, means
 
 
@@ -86,13 +84,12 @@ def discriminator_update(
 ) -> Metrics:
     """Eq. 5 from the other side, on the same images: `features_BD` are theirs, detached."""
     network, texts = adversary.network, adversary.class_text_ND[negatives_B.to(features_BD.device)]
-    images = adversary.project(features_BD)
-    loss = discriminator_loss(network, images, texts)
-    accuracy = _accuracy(network, images, texts)  # before it is trained on them
+    loss = discriminator_loss(network, features_BD, texts)
+    accuracy = _accuracy(network, features_BD, texts)  # before it is trained on them
     means = _mean_over_processes({"discriminator_loss": loss.detach(), "discriminator_accuracy": accuracy})
     if not math.isfinite(means["discriminator_loss"]):
         raise Diverged(f"discriminator_loss is {means['discriminator_loss']}")
-    means |= _health(adversary, images, means["discriminator_accuracy"])
+    means |= _health(adversary, features_BD, means["discriminator_accuracy"])
     loss.backward()
     parameters = list(network.parameters())
     norm = _step(parameters, adversary.optimizer, config.discriminator.clip, UNSCALED)
@@ -123,7 +120,7 @@ def warmup_features(
 def _warmup_features(
     state: TrainState, config: TrainConfig, batch: Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    assert state.clip is not None  # the caller has an adversary, which judges CLIP's features
+    assert state.clip is not None  # the caller has what judges CLIP's features
     settings = config.rollout
     with state.autocast():
         latents = sample(
@@ -144,11 +141,29 @@ def _sampler_inputs(state: TrainState, batch: Batch) -> tuple[Any, Tensor, Tenso
     return state.scheduler, batch.latents.to(state.device), prompts_BSD, state.uncond_1SD
 
 
-def _rollout_images(state: TrainState, config: TrainConfig, batch: Batch) -> Tensor:
-    settings = config.rollout
+class _Compared:
+    """The tuned UNet. At its call number `at` it also measures how far its noise is from the base UNet's."""
+
+    def __init__(self, unet: Any, at: int) -> None:
+        self._unet, self._at, self._calls = unet, at, 0
+        self.distance = torch.tensor(math.nan)
+
+    def __call__(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        noise: Tensor = self._unet(latents, timestep, context).sample
+        if self._calls == self._at:
+            with torch.no_grad(), without_lora(self._unet):
+                base = self._unet(latents, timestep, context).sample
+            self.distance = (noise.float() - base.float()).square().mean()
+        self._calls += 1
+        return noise
+
+
+def _rollout_images(state: TrainState, config: TrainConfig, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Images, and the mean squared distance of tuned and base noise on their latents, at one of the trained steps."""
+    settings, unet = config.rollout, _Compared(state.sd.unet, batch.compared_step)
     with state.autocast():
         latents = rollout(
-            state.sd.unet,
+            unet,
             *_sampler_inputs(state, batch),
             steps=settings.steps,
             guidance=settings.guidance,
@@ -156,7 +171,7 @@ def _rollout_images(state: TrainState, config: TrainConfig, batch: Batch) -> Ten
             step_noise=batch.step_noise,
             detach_unet_input=settings.detach_unet_input,
         )
-    return _decode(state, config, latents)
+    return _decode(state, config, latents), unet.distance
 
 
 def _decode(state: TrainState, config: TrainConfig, latents_BChw: Tensor) -> Tensor:
@@ -191,7 +206,8 @@ def in_parts(
 def _clip_features(state: TrainState, config: TrainConfig, images_B3HW: Tensor) -> Tensor | None:
     if state.clip is None:
         return None
-    with torch.set_grad_enabled(config.losses.entire > 0 or config.losses.individual > 0):
+    losses = config.losses
+    with torch.set_grad_enabled(losses.entire > 0 or losses.individual > 0 or losses.class_level):
         return _encode_image(state, config, images_B3HW)
 
 
@@ -213,10 +229,12 @@ def _reward_terms(
             terms["individual"] = individual
     if state.adversary is not None and features is not None:
         names = state.adversary.class_text_ND[batch.negatives_B.to(state.device)]
-        terms["entire"] = entire_alignment_loss(
-            state.adversary.network, state.adversary.project(features), names, losses.gan
-        )
+        terms["entire"] = entire_alignment_loss(state.adversary.network, features, names, losses.gan)
         metrics["loss_entire"] = terms["entire"].detach()
+    if state.class_moments is not None and features is not None:
+        mean, spread = state.class_moments.losses(features, batch.classes_B)
+        terms |= {"class_mean": mean, "class_spread": spread}
+        metrics |= {"loss_class_mean": mean.detach(), "loss_class_spread": spread.detach()}
     if state.qalign is not None:
         with torch.set_grad_enabled(losses.quality > 0):
             scores = state.qalign.score(images, checkpoint=config.rollout.gradient_checkpointing)

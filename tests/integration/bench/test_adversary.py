@@ -20,9 +20,9 @@ def test_every_kind_of_discriminator_is_looked_at(tmp_path: Path, monkeypatch: p
     script.main()
     looks = json.loads((tmp_path / "adversary.json").read_text())
     assert [(look["kind"]["features"], look["kind"]["hidden"]) for look in looks] == [
-        (kind, hidden) for kind in ("raw", "normalised", "centred") for hidden in (3, 64)
+        (kind, hidden) for kind in ("raw", "normalised") for hidden in (3, 64)
     ]
     assert all(
         look["loss"] > 0 and look["gradient"] > 0 and abs(look["away_from_bias"]) <= 1 for look in looks
     )
-    assert "| centred | 64 | 2 |" in (tmp_path / "adversary.md").read_text()
+    assert "| normalised | 64 | 2 |" in (tmp_path / "adversary.md").read_text()

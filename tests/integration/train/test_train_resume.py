@@ -61,28 +61,37 @@ def test_stopped_in_the_warm_up_and_at_its_end_and_after_it(
 def test_all_that_is_counted_on_the_way_goes_on_too(
     config: TrainConfig, change: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    """The centre of the images and the base similarity, from the warm-up; the similarity's running mean, which gives
-    the entire loss its weight; and the mean of the last LoRAs, 1.44 times as strong."""
-    config = change(config, "discriminator", features="centred")
-    config = change(config, "losses", individual=8.0, entire_rise=(0.0, 0.02))
-    config = change(config, "generator", lr=1e-2, average_last=3, average_strength=1.44)
-    config = change(config, "output", checkpoint_every=1, keep_checkpoints=10, grid_every=10)
+    """The pool of the base generator's images, in the warm-up; each class's queue, after it; and the LoRA's average."""
+    config = change(config, "discriminator", warmup_updates=4)
+    config = change(config, "losses", class_mean=3.0, class_spread=2.0, class_queue=3, trust=0.5)
+    config = change(config, "generator", lr=1e-2, ema=0.5)
+    config = change(config, "output", checkpoint_every=1, keep_checkpoints=20, grid_every=10)
     config = dataclasses.replace(config, max_updates=8)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(config, whole)
-    train_in_parts(config, parts, 1, 3, 4)
+    train_in_parts(config, parts, 1, 4, 4)
     assert results(parts) == results(whole)
-    counts = [float(saved(whole, done, DISCRIMINATOR_FILE)["centre.count"]) for done in (2, 10)]
-    assert counts == [8, 8], "2 warm-up updates of 4 images, and none after them"
-    assert any(0 < row["weight_entire"] < 1 for row in results(whole)[2][2:])
-    last = [saved(whole, done, LORA_FILE) for done in (8, 9, 10)]
+    pool = [class_moments(whole, done)["pool"].shape[0] for done in (3, 4, 12)]
+    assert pool == [12, 0, 0], "3 warm-up updates of 4 images; fitted after the fourth"
+    counts = [int(class_moments(whole, done)["fitted"]["count"].sum()) for done in (4, 12)]
+    assert counts == [16, 32]
+    rows = results(whole)[2][4:]
+    assert any(row["loss_class_mean"] != 0 for row in rows), "every queue was too short"
+    assert all(row["base_distance"] > 0 for row in rows[1:])
+    expected = saved(whole, 4, LORA_FILE)
+    for number, done in enumerate(range(5, 13)):
+        decay = min(0.5, (1 + number) / (10 + number))
+        lora = saved(whole, done, LORA_FILE)
+        expected = {name: decay * expected[name] + (1 - decay) * lora[name] for name in lora}
     for name, mean in load_file(whole / LORA_FILE).items():
-        # either matrix of a layer has half of the strength; that is one rounding more than the mean's
-        expected = 1.2 * sum(lora[name] for lora in last) / 3
-        assert torch.allclose(mean, expected, rtol=3e-7, atol=1e-7)
+        assert torch.allclose(mean, expected[name], rtol=1e-5, atol=1e-7)
         if ".up." in name:
-            assert not torch.equal(mean, last[-1][name])
-    assert (whole / "samples" / "average.png").is_file()
+            assert not torch.equal(mean, lora[name])
+
+
+def class_moments(out: Path, done: int) -> dict:
+    state = torch.load(out / "checkpoints" / f"{done:06d}" / "state.pt", weights_only=True)
+    return state["class_moments"]
 
 
 def saved(out: Path, done: int, name: str) -> dict[str, torch.Tensor]:
@@ -244,10 +253,9 @@ def _one_of_several(command: list[str], place: dict[str, str], printed: Path) ->
 
 @pytest.fixture
 def halves(config: TrainConfig, change: Callable[..., TrainConfig]) -> tuple[TrainConfig, TrainConfig]:
-    """The same run for one process and for each of two. A centre is everyone's, and so is similarity."""
+    """The same run for one process and for each of two. The base generator's moments and the queues are everyone's."""
     whole = change(config, "rollout", grad_steps=4)
-    whole = change(whole, "discriminator", features="centred")
-    whole = change(whole, "losses", individual=8.0, entire_rise=(0.0, 0.02))
+    whole = change(whole, "losses", individual=8.0, class_mean=3.0, class_spread=2.0, class_queue=3)
     whole = change(whole, "output", grid_every=0)
     device = "cpu" if torch.cuda.is_available() else "auto"  # which is the CPU, for processes that meet, too
     return whole, dataclasses.replace(whole, batch_size=1, device=device)
@@ -259,9 +267,10 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
     rows = [results(out)[2] for out in (one, two)]
     assert [len(them) for them in rows] == [6, 6]
-    weights = [[row["weight_entire"] for row in them[2:]] for them in rows]
-    assert weights[0] == pytest.approx(weights[1], abs=1e-4)
-    assert weights[0][-1] > 0
+    for name in ("loss_class_mean", "loss_class_spread"):
+        values = [[row[name] for row in them[2:]] for them in rows]
+        assert values[0] == pytest.approx(values[1], abs=1e-3)
+        assert values[0][-1] != 0
 
 
 def test_two_processes_end_where_one_does(

@@ -6,11 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from ubgen.core.errors import UserError
 from ubgen.rewards import (
-    Centre,
     Discriminator,
     LossWeights,
     discriminator_loss,
@@ -172,31 +170,6 @@ def test_normalised_features_hide_their_length():
     discriminator = Discriminator(16, features="normalised")
     features = torch.randn(5, 16)
     torch.testing.assert_close(discriminator(features), discriminator(features * 7))
-
-
-def test_the_centre_takes_the_gap_between_the_towers_away():
-    """Images and texts that differ in their means only look alike; what differs within them is kept."""
-    torch.manual_seed(0)
-    within = F.normalize(torch.randn(64, 16), dim=1)
-    images, texts = 50 * F.normalize(within + 3 * torch.eye(16)[0], dim=1), 7 * within
-    centre = Centre(16)
-    for part in images.split(24):
-        centre.observe(part)
-    seen, read = centre.images(images), Centre.texts(texts)
-    assert seen.mean(0).abs().max() < 1e-5
-    assert read.mean(0).abs().max() < 1e-5
-    unit = F.normalize(images, dim=1)
-    torch.testing.assert_close(seen[0] - seen[1], 4 * (unit[0] - unit[1]), rtol=0, atol=1e-5)
-    torch.testing.assert_close(centre.images(9 * images), seen)
-
-
-def test_the_centre_stays_where_it_was_observed():
-    """Images that move as a whole are seen to move."""
-    torch.manual_seed(0)
-    images, centre = torch.randn(32, 16), Centre(16)
-    centre.observe(images)
-    moved = F.normalize(images, dim=1) + 0.5 * torch.eye(16)[3]
-    assert centre.images(moved).mean(0)[3] > 0.5
 
 
 def test_discriminator_stays_in_float32_under_autocast():

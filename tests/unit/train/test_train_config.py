@@ -37,7 +37,7 @@ def test_the_paper_recipe_is_table_5_and_the_defaults() -> None:
         (dataclasses.replace(CONFIG, epochs=float("nan")), "epochs"),
         (dataclasses.replace(CONFIG, max_updates=-1), "max_updates"),
         (dataclasses.replace(CONFIG, prompt="a photo"), "prompt must contain"),
-        (dataclasses.replace(CONFIG, losses=LossConfig(0, 0, 0)), "all three weights are 0"),
+        (dataclasses.replace(CONFIG, losses=LossConfig(0, 0, 0)), "all weights of rewards are 0"),
         (dataclasses.replace(CONFIG, losses=LossConfig(1, -1, 0)), r"losses\.individual"),
         (dataclasses.replace(CONFIG, rollout=RolloutConfig(steps=4)), r"rollout\.grad_steps"),
         (dataclasses.replace(CONFIG, generator=GeneratorConfig(lora_rank=0)), "lora_rank"),
@@ -48,44 +48,26 @@ def test_senseless_values_are_named(config: TrainConfig, reason: str) -> None:
         validate(config)
 
 
-def test_a_centre_cannot_be_found_without_a_warmup() -> None:
-    centred = with_option("discriminator.features", "centred")
+@pytest.mark.parametrize("term", ["class_mean", "class_spread"])
+def test_the_class_level_terms_need_the_base_generators_images(term: str) -> None:
+    classes = with_option(f"losses.{term}", 1.0)
+    validate(classes)
     for name in ("warmup_updates", "warmup_epochs"):
-        without = dataclasses.replace(centred.discriminator, **{name: 0})
-        with pytest.raises(UserError, match="needs a warm-up"):
-            validate(dataclasses.replace(centred, discriminator=without))
-        validate(dataclasses.replace(centred, discriminator=without, losses=LossConfig(entire=0)))
-    validate(centred)
+        without = dataclasses.replace(classes.discriminator, **{name: 0})
+        with pytest.raises(UserError, match=r"add --discriminator\.warmup-updates"):
+            validate(dataclasses.replace(classes, discriminator=without))
+        validate(dataclasses.replace(CONFIG, discriminator=without))
 
 
-def test_there_is_no_mean_to_strengthen_where_none_is_taken() -> None:
-    strong = with_option("generator.average_strength", 1.2)
-    with pytest.raises(UserError, match=r"add --generator\.average-strength 1"):
-        validate(strong)
-    validate(dataclasses.replace(strong, generator=dataclasses.replace(strong.generator, average_last=1)))
+def test_the_class_level_terms_are_a_reward_and_the_trust_region_is_none() -> None:
+    validate(dataclasses.replace(CONFIG, losses=LossConfig(0, 0, 0, class_mean=1.0)))
+    with pytest.raises(UserError, match="all weights of rewards are 0"):
+        validate(dataclasses.replace(CONFIG, losses=LossConfig(0, 0, 0, trust=1.0)))
 
 
-@pytest.mark.parametrize("rise", [(-0.01, 0.02), (0.02, 0.02), (0.03, 0.02)])
-def test_a_rise_needs_two_rising_numbers(rise: tuple[float, float]) -> None:
-    with pytest.raises(UserError, match=r"losses\.entire_rise must be two rising numbers from 0 on, not "):
-        validate(with_option("losses.entire_rise", rise))
-
-
-def test_a_rise_cannot_be_measured_without_a_warmup() -> None:
-    rising = with_option("losses.entire_rise", (0.0, 0.02))
-    without = dataclasses.replace(rising.discriminator, warmup_updates=0)
-    with pytest.raises(UserError, match=r"losses\.entire_rise needs a warm-up"):
-        validate(dataclasses.replace(rising, discriminator=without))
-    validate(rising)
-
-
-def test_a_rise_that_nothing_brings_about_is_refused() -> None:
-    rising = with_option("losses.entire_rise", (0.0, 0.02))
-    alone = dataclasses.replace(rising.losses, individual=0)
-    with pytest.raises(UserError, match=r"add --losses\.entire-rise None"):
-        validate(dataclasses.replace(rising, losses=alone))
-    nothing_waits = dataclasses.replace(alone, entire=0)
-    validate(dataclasses.replace(rising, losses=nothing_waits))
+def test_our_own_terms_are_off_in_the_papers_recipe() -> None:
+    losses = load_recipe("sd15-imagenet1k", TrainConfig).losses
+    assert (losses.class_mean, losses.class_spread, losses.trust) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +138,8 @@ def test_an_optimiser_that_could_not_learn_is_refused(
         ("discriminator.warmup_epochs", -0.5),
         ("output.grid_every", -1),
         ("generator.lora_alpha", 0.0),
+        ("generator.ema", 1.0),
+        ("losses.class_queue", 2),
         ("seed", 2**63),
     ],
 )
