@@ -29,10 +29,8 @@ REAL_RUN = """The same with Stable Diffusion 1.5, once its weights lie in a loca
                --stable-diffusion SD15 --clip CLIP --qalign QALIGN
   ubgen-synth  --engine runs/sd15-engine --device cuda --classes imagenet1k --per-class 1300 --out runs/sd15-dataset"""
 
-SHORTENED = """What to expect of a shortened run: similarity and class accuracy rise first. Quality follows
-later (at first it may fall a little), and the images leave their class's biased background only in the second half of
-the recipe's {full} updates, because the adversarial term comes in as similarity rises; how many do depends on the seed
-and the processor (bench/results/fine-tuning.md). The whole run (10 to 20 minutes on two cores), and its measures:
+SHORTENED = """A shortened run shows the beginning only; bench/results/fine-tuning.md has figures of whole ones.
+The whole run of {full} updates, and its measures:
   .venv/bin/ubgen-train --recipe miniature --out runs/miniature
   .venv/bin/python -m ubgen.miniature.measure --lora runs/miniature --out runs/miniature-measured
 """

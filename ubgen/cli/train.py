@@ -2,16 +2,23 @@
 
 import argparse
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from ubgen.core.config import load_recipe
 from ubgen.core.errors import UserError, run
 from ubgen.train import TrainConfig, train
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ubgen.miniature.measure import Judge
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,34 @@ def parse(arguments: list[str]) -> Arguments:
     return given
 
 
+def oracle(config: TrainConfig) -> Callable[["np.ndarray", Sequence[str]], dict[str, float]] | None:
+    """What knows the world of the miniature's images, where the run is the miniature's."""
+    if config.classes != "miniature" or not config.networks.stable_diffusion.startswith("ubgen:miniature/"):
+        return None
+
+    @cache
+    def networks() -> "Judge":
+        from ubgen.miniature.measure import Judge
+
+        return Judge()
+
+    def judge(images_BHW3: "np.ndarray", names: Sequence[str]) -> dict[str, float]:
+        measures = asdict(networks().measure(images_BHW3, names))
+        del measures["images"], measures["mutual_information"]  # of so few images it is mostly chance
+        return measures
+
+    return judge
+
+
 def fine_tune() -> None:
     given = parse(sys.argv[1:])
-    train(given.config, given.out, overwrite=given.overwrite, stop_after=given.stop_after)
+    train(
+        given.config,
+        given.out,
+        overwrite=given.overwrite,
+        stop_after=given.stop_after,
+        judge=oracle(given.config),
+    )
 
 
 def main() -> None:

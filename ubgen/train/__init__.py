@@ -1,6 +1,7 @@
 """Fine-tuning the generator by reward gradients: the LoRA, the discriminator, and the loop that plays them."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ubgen.core.classes import load_classes
 from ubgen.core.errors import UserError
@@ -18,6 +19,9 @@ from ubgen.train.config import (
     validate,
 )
 
+if TYPE_CHECKING:
+    from ubgen.train.logging import GridJudge
+
 __all__ = [
     "DiscriminatorConfig",
     "GeneratorConfig",
@@ -30,13 +34,21 @@ __all__ = [
 ]
 
 
-def train(config: TrainConfig, out: Path, *, overwrite: bool = False, stop_after: int | None = None) -> bool:
+def train(
+    config: TrainConfig,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    stop_after: int | None = None,
+    judge: "GridJudge | None" = None,
+) -> bool:
     """Run to the end, or continue the unfinished run in `out`; returns whether it is finished.
 
     A finished run of the same configuration is left as it is. `overwrite` starts again in a used directory.
     `stop_after` ends this call after that many updates, with a checkpoint: the same call continues. Under
     `accelerate launch` every process calls this; process 0 writes. On the CPU a continued run ends with the same bits
-    as an uninterrupted one. `out` is changed only once all networks are loaded.
+    as an uninterrupted one. `out` is changed only once all networks are loaded. `judge` adds measures of the sample
+    grids to the log.
     """
     validate(config)
     require_networks(config)
@@ -48,4 +60,4 @@ def train(config: TrainConfig, out: Path, *, overwrite: bool = False, stop_after
     check_networks(config)  # PyTorch is imported from here on: until then every answer is quick
     from ubgen.train.loop import run_training
 
-    return run_training(config, classes, out, overwrite, stop_after)
+    return run_training(config, classes, out, overwrite, stop_after, judge)

@@ -28,7 +28,7 @@ from ubgen.train.checkpoint import (
     save_weights,
 )
 from ubgen.train.config import TrainConfig, accumulation, network_paths
-from ubgen.train.logging import figures, save_grid
+from ubgen.train.logging import GridJudge, figures, save_grid
 from ubgen.train.state import build_state
 from ubgen.train.update import Diverged, Metrics, discriminator_update, generator_update, warmup_features
 
@@ -40,7 +40,12 @@ _OWN = (CHECKPOINTS, SAMPLES, TENSORBOARD, CLASSES_FILE, METRICS_FILE, LORA_FILE
 
 
 def run_training(
-    config: TrainConfig, classes: ClassList, out: Path, overwrite: bool, stop_after: int | None
+    config: TrainConfig,
+    classes: ClassList,
+    out: Path,
+    overwrite: bool,
+    stop_after: int | None,
+    judge: GridJudge | None = None,
 ) -> bool:
     """`ubgen.train.train`, once its arguments are known to be right."""
     # without `cpu`, processes on the CPU do not find each other
@@ -53,7 +58,7 @@ def run_training(
         if _from_main_process(stage is not None and stage.state == "finished", process):
             console.print(f"{out}: finished already; nothing to do")
             return True
-        run = Run(config, classes, out, process, console)
+        run = Run(config, classes, out, process, console, judge)
         if stage is not None:
             stage.begin()
             atomic_write(out / CLASSES_FILE, "".join(f"{line}\n" for line in _lines(classes)))
@@ -98,10 +103,16 @@ class Run:
     """One process's part in a run. `done` counts updates, the warm-up's `warmup` first, then the `updates`."""
 
     def __init__(
-        self, config: TrainConfig, classes: ClassList, out: Path, process: PartialState, console: Console
+        self,
+        config: TrainConfig,
+        classes: ClassList,
+        out: Path,
+        process: PartialState,
+        console: Console,
+        judge: GridJudge | None,
     ) -> None:
         self.config, self.classes, self.out = config, classes, out
-        self.process, self.console = process, console
+        self.process, self.console, self.judge = process, console, judge
         self.state = build_state(config, classes, process.device)
         self.accumulate = accumulation(config, process.num_processes)
         self.global_batch = config.batch_size * process.num_processes * self.accumulate
@@ -115,6 +126,11 @@ class Run:
         """Go on from the last checkpoint, if there is one."""
         if found := list_checkpoints(self.checkpoints):
             self.done, self.warmup = restore_checkpoint(found[-1], self.state)
+        if self.process.is_main_process:
+            # grids after the checkpoint: made by a killed run, and the log drops their measures
+            for grid in (self.out / SAMPLES).glob("*.png"):
+                if self.done == 0 or int(grid.stem) > max(0, self.done - self.warmup):
+                    grid.unlink()
         everywhere = gather(torch.tensor([self.done], device=self.state.device)).tolist()
         if len(set(everywhere)) > 1:
             raise UserError(
@@ -130,15 +146,16 @@ class Run:
         try:
             with progress(self.console, "fine-tuning", "updates") as report:
                 report(self.done, self.total)
-                self._grid()
+                shown = self._grid()  # of the base generator: into the first line of the log
                 while self.done not in (last, self.total):
-                    metrics = self._timed_update()
+                    metrics = self._timed_update() | shown
                     if self.done == self.warmup:
                         metrics |= self._end_warmup()
+                    metrics |= self._grid()
+                    shown = {}
                     if log is not None:
                         phase = "train" if self.done > self.warmup else "warmup"
                         log.write(self.done, phase, metrics)
-                    self._grid()
                     due = self.done % self.config.output.checkpoint_every == 0
                     if due or self.done in (last, self.total, self.warmup):
                         self._checkpoint()
@@ -240,15 +257,16 @@ class Run:
             save_checkpoint(self.checkpoints, self.state, self.done, self.warmup, keep)
         self.process.wait_for_everyone()
 
-    def _grid(self) -> None:
-        """At update 0 (the base generator), every so often, and at the end."""
+    def _grid(self) -> Metrics:
+        """At update 0 (the base generator), every so often, and at the end: a picture, and measures of it."""
         every, update = self.config.output.grid_every, max(0, self.done - self.warmup)
         if not every or not self.process.is_main_process:
-            return
+            return {}
         path = self.out / SAMPLES / f"{update:06d}.png"
         if (update % every == 0 or update == self.updates) and not path.exists():
             with self.state.averaged():
-                save_grid(path, self.state, self.config)
+                return save_grid(path, self.state, self.config, self.classes.names, self.judge)
+        return {}
 
     def _announce(self) -> None:
         process, config = self.process, self.config

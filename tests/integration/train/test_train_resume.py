@@ -44,6 +44,12 @@ def results(out: Path) -> list:
     return [*((out / name).read_bytes() for name in RESULTS), rows]
 
 
+def without_grids(found: list) -> list:
+    """What `results` gives, less the measures of grids."""
+    *weights, rows = found
+    return [*weights, [{k: v for k, v in row.items() if not k.startswith("grid_")} for row in rows]]
+
+
 def train_in_parts(config: TrainConfig, out: Path, *updates: int) -> None:
     """Stopped after so many updates, and after so many more; then to the end."""
     for count in updates:
@@ -184,7 +190,7 @@ def test_it_goes_on_where_the_same_weights_lie_and_with_other_outputs(
         train(elsewhere, out)
     shutil.copy(Path(config.networks.clip) / weights.name, weights)
     assert train(elsewhere, out)
-    assert results(out) == results(finished)
+    assert without_grids(results(out)) == without_grids(results(finished))
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["000006"]
 
 
@@ -256,6 +262,8 @@ def halves(config: TrainConfig, change: Callable[..., TrainConfig]) -> tuple[Tra
     """The same run for one process and for each of two. The base generator's moments and the queues are everyone's."""
     whole = change(config, "rollout", grad_steps=4)
     whole = change(whole, "losses", individual=8.0, class_mean=3.0, class_spread=2.0, class_queue=3)
+    # with a smaller one AdamW makes whole steps of gradients that are mere rounding
+    whole = change(whole, "generator", eps=1e-3)
     whole = change(whole, "output", grid_every=0)
     device = "cpu" if torch.cuda.is_available() else "auto"  # which is the CPU, for processes that meet, too
     return whole, dataclasses.replace(whole, batch_size=1, device=device)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ubgen.core.errors import UserError
 from ubgen.core.stage import Stage, read_manifest
 from ubgen.diffusion import LORA_FILE, load_lora, load_stable_diffusion, lora_parameters
+from ubgen.rewards import Clip, QAlign
 from ubgen.train import LossConfig, RolloutConfig, TrainConfig, train
 
 Change = Callable[..., TrainConfig]
@@ -69,6 +71,34 @@ def test_tensorboard_has_the_same_numbers(finished: Path) -> None:
     events.Reload()
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert losses == [(row["step"], pytest.approx(row["loss"])) for row in metrics(finished)[2:]]
+
+
+def test_the_log_has_measures_of_the_grids_and_what_a_judge_says_of_them(
+    config: TrainConfig, change: Change, tmp_path: Path
+) -> None:
+    """The base generator's grid is in the first line. The judge sees what the picture shows."""
+    seen = []
+
+    def judge(images: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+        seen.append((images, list(names)))
+        return {"brightness": float(images.mean())}
+
+    out = tmp_path / "run"
+    train(change(config, "output", grid_every=4), out, judge=judge)
+    with_grid = [row for row in metrics(out) if "grid_brightness" in row]
+    assert [row["step"] for row in with_grid] == [1, 6]
+    assert [row["grid_brightness"] for row in with_grid] == [images.mean() for images, _ in seen]
+    assert seen[0][1] == ["cat", "dog", "fish"] * 2
+    picture = np.asarray(Image.open(out / "samples" / "000004.png"))
+    assert np.array_equal(seen[1][0][4], picture[20:36, 20:36]), "second row, second column"
+    clip, qalign = Clip.load(config.networks.clip), QAlign.load(config.networks.qalign)
+    images = torch.from_numpy(seen[1][0]).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        texts = clip.encode_text([f"photo of {name}" for name in seen[1][1]])
+        similarity = torch.cosine_similarity(clip.encode_image(images), texts).mean().item()
+        quality = qalign.score(images).mean().item()
+    assert with_grid[1]["grid_clip_similarity"] == pytest.approx(similarity, abs=1e-3)
+    assert with_grid[1]["grid_quality"] == pytest.approx(quality, abs=1e-2)
 
 
 def test_sample_grids_are_written_from_update_0_on(finished: Path) -> None:
