@@ -1,5 +1,7 @@
 """What a backbone's own classifier says of images, and the categories in which a benchmark puts its classes."""
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from ubgen.core.console import Report
 from ubgen.core.errors import UserError, warn
 from ubgen.evaluate.backbone import Backbone
 from ubgen.evaluate.results import Figure
-from ubgen.loading.imageset import IMAGE_ENDINGS
+from ubgen.loading.imageset import IMAGE_ENDINGS, ImageSet
 from ubgen.loading.settings import Loader
 from ubgen.measures.bias import Interval, wilson
 
@@ -75,6 +77,13 @@ def warn_of_size(root: Path, found: int, mapping: LabelMapping) -> None:
     """Figures on a part of a benchmark are not comparable with those on all of it."""
     if mapping.images is not None and found != mapping.images:
         warn(f"{root} holds {found:,} images; released are {mapping.images:,}")
+
+
+def fingerprint(mapping: LabelMapping, images: ImageSet, *columns: Sequence[str] | np.ndarray) -> str:
+    """ "sha256:<hex>" of what a result depends on besides the images' content: mapping, names, labels, `columns`."""
+    categories = [[category.name, *category.class_ids] for category in mapping.categories]
+    parts = [categories, images.fingerprint(), *(json.dumps(np.asarray(c).tolist()) for c in columns)]
+    return f"sha256:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}"
 
 
 def accuracy(correct: np.ndarray) -> Figure:

@@ -14,7 +14,7 @@ import numpy as np
 from ubgen.core.categories import LabelMapping
 from ubgen.core.errors import UserError
 from ubgen.evaluate.backbone import Backbone
-from ubgen.evaluate.classify import How, figure, images_in, known_classes, warn_of_size
+from ubgen.evaluate.classify import How, figure, fingerprint, images_in, known_classes, warn_of_size
 from ubgen.evaluate.extract import extract
 from ubgen.evaluate.results import Result
 from ubgen.loading.imageset import ImageSet, listed_files
@@ -34,6 +34,10 @@ class CueConflict:
     textures: Sequence[str]
     same: int
     """Images whose shape is their texture; they are left out."""
+
+    def fingerprint(self) -> str:
+        """Of everything but the content of the images."""
+        return fingerprint(self.mapping, self.images, self.textures)
 
 
 def open_cue_conflict(root: Path, mapping: LabelMapping) -> CueConflict:

@@ -17,7 +17,15 @@ import numpy as np
 from ubgen.core.categories import ATTRIBUTES, Category, LabelMapping
 from ubgen.core.errors import UserError
 from ubgen.evaluate.backbone import Backbone
-from ubgen.evaluate.classify import How, accuracy, figure, known_classes, most_likely, warn_of_size
+from ubgen.evaluate.classify import (
+    How,
+    accuracy,
+    figure,
+    fingerprint,
+    known_classes,
+    most_likely,
+    warn_of_size,
+)
 from ubgen.evaluate.extract import extract
 from ubgen.evaluate.readers import require_files
 from ubgen.evaluate.results import Result
@@ -38,6 +46,10 @@ class Focus:
     """Labelled by category."""
     uncommon: np.ndarray
     """(N,) 0..3: how many of time, weather and locations are uncommon for the category."""
+
+    def fingerprint(self) -> str:
+        """Of everything but the content of the images."""
+        return fingerprint(self.mapping, self.images, self.uncommon)
 
 
 class _Row(NamedTuple):

@@ -15,7 +15,16 @@ import numpy as np
 from ubgen.core.categories import LabelMapping
 from ubgen.core.errors import UserError, warn
 from ubgen.evaluate.backbone import Backbone
-from ubgen.evaluate.classify import How, accuracy, figure, images_in, known_classes, most_likely, warn_of_size
+from ubgen.evaluate.classify import (
+    How,
+    accuracy,
+    figure,
+    fingerprint,
+    images_in,
+    known_classes,
+    most_likely,
+    warn_of_size,
+)
 from ubgen.evaluate.extract import extract
 from ubgen.evaluate.results import Result
 from ubgen.loading.imageset import ImageSet, listed_files
@@ -39,6 +48,10 @@ class Backgrounds:
     """(N,) text."""
     paired: bool
     """Whether each foreground is in each variant once."""
+
+    def fingerprint(self) -> str:
+        """Of everything but the content of the images."""
+        return fingerprint(self.mapping, self.images, self.foregrounds)
 
 
 def open_backgrounds(root: Path, mapping: LabelMapping) -> Backgrounds:
