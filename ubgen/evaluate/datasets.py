@@ -8,6 +8,7 @@ choose C: the final probe is fitted to train+val.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -99,6 +100,7 @@ def open_transfer(
     """
     if splits not in ("toolbox", "paper"):
         raise UserError(f"--splits must be toolbox or paper, not {splits!r}")
+    root = Path(os.path.abspath(root))  # torchvision writes the paths below "." in two ways
     require_datasets([name], root, download=download)
     known = DATASETS.get(name)
     if known is None:
@@ -161,8 +163,11 @@ def _read(name: str, known: TransferDataset, root: Path, download: bool) -> Part
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     except Exception as error:  # of torchvision, scipy, json and the file system, of many kinds
+        wrong = (
+            "could not be downloaded, or is damaged" if download else "is damaged, or not what was released"
+        )
         raise UserError(
-            f"{name}: {root / known.base} is damaged or not what was released "
+            f"{name}: {root / known.base} {wrong} "
             f"({type(error).__name__}: {first_line(error)}); {_expected(known)}"
         ) from error
 

@@ -174,7 +174,7 @@ def digits(root: Path, download: bool) -> Parts:
 def array_set(images_NHW: np.ndarray, labels_N: np.ndarray, classes: Sequence[str], name: str) -> ImageSet:
     """Grey images (uint8) as an ImageSet: a file of PGM images one after the other, in the cache directory.
 
-    The file's name has the hash of the pixels, so it is written once, and a file of other pixels is never taken for it.
+    The file's name has the hash of its content. It is written once, and again where its content is not that.
     """
     count, height, width = images_NHW.shape
     header = f"P5 {width} {height} 255\n".encode()
@@ -182,11 +182,12 @@ def array_set(images_NHW: np.ndarray, labels_N: np.ndarray, classes: Sequence[st
     rows = np.empty((count, size), np.uint8)
     rows[:, : len(header)] = np.frombuffer(header, np.uint8)
     rows[:, len(header) :] = images_NHW.reshape(count, -1)
-    digest = hashlib.sha256(rows.tobytes()).hexdigest()
+    content = rows.tobytes()
+    digest = hashlib.sha256(content).hexdigest()
     file = f"{name}-{digest[:16]}.pgm"
     store = LocalStore(cache_directory("images"))
-    if store.size(file) != rows.nbytes:
-        atomic_write(store.local_path / file, rows.tobytes())
+    if store.size(file) != len(content) or hashlib.sha256(store.read(file)).hexdigest() != digest:
+        atomic_write(store.local_path / file, content)
     starts = np.arange(count, dtype=np.int64) * size
     places = np.column_stack([np.zeros(count, np.int64), starts, np.full(count, size, np.int64)])
     keys = Strings(f"{name}/{i:05d}" for i in range(count))

@@ -284,7 +284,7 @@ def test_damaged_annotations_are_one_line_with_the_layout(tmp_path: Path, image:
     assert len(lines) == 3
     for name, line in zip(("aircraft", "cars", "food101"), lines, strict=True):
         assert line.startswith(
-            f"  {name}: {tmp_path / DATASETS[name].base} is damaged or not what was released ("
+            f"  {name}: {tmp_path / DATASETS[name].base} is damaged, or not what was released ("
         )
         assert f"get it from {DATASETS[name].source}" in line
     assert "No such variant" in lines[0]
@@ -298,7 +298,7 @@ def test_other_annotations_of_flowers_are_found_out(
     for file in ("imagelabels.mat", "setid.mat"):
         (base / file).write_bytes(b"not the released file")
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"flowers: .* is damaged or not what was released .*corrupted"):
+    with pytest.raises(UserError, match=r"flowers: .* is damaged, or not what was released .*corrupted"):
         open_transfer("flowers", tmp_path)
 
 
@@ -459,9 +459,32 @@ def test_digits(tmp_path: Path, cache: Path) -> None:
     assert data.test.labels[7] == truth.target[index]
     shown = EvaluationTransform(8, 1.0)(data.test.read(7))[0] * 0.229 + 0.485
     np.testing.assert_allclose(shown * 16, truth.images[index], atol=0.05)
-    before = next((cache / "ubgen" / "images").iterdir()).stat().st_mtime_ns
+
+
+def test_the_cached_images_are_written_once_and_again_when_they_are_damaged(
+    tmp_path: Path, cache: Path
+) -> None:
     open_transfer("digits", tmp_path)
-    assert [file.stat().st_mtime_ns for file in (cache / "ubgen" / "images").iterdir()] == [before]
+    (file,) = (cache / "ubgen" / "images").iterdir()
+    content, before = file.read_bytes(), file.stat().st_mtime_ns
+    open_transfer("digits", tmp_path)
+    assert file.stat().st_mtime_ns == before
+    file.write_bytes(content[:-1] + b"\x07")
+    open_transfer("digits", tmp_path)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.filterwarnings("ignore::ubgen.core.errors.Warned")
+@pytest.mark.parametrize("name", ["aircraft", "dtd", "pets"])
+def test_the_data_may_be_in_the_current_directory(
+    name: str, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"aircraft": (100, 100, 100), "dtd": 47, "pets": (74, 37)}[name]
+    WRITERS[name](tmp_path, image, small)  # type: ignore[call-arg]
+    monkeypatch.chdir(tmp_path)
+    here, there = (open_transfer(name, root) for root in (Path("."), tmp_path))
+    assert here.file_lists() == there.file_lists()
+    assert here.test.read(0) == image.read_bytes()
 
 
 def test_nothing_is_downloaded_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
