@@ -119,7 +119,7 @@ def check_stable_diffusion(path: str | Path) -> Path:
                 f"{root / name}: no such directory; expected Stable Diffusion 1.x in diffusers layout"
             )
     configs = {name: read_json_object(root / name / "config.json") for name in _STEMS}
-    _require_fitting(root, configs, {name: read_header(_weight_file(root / name)[0]) for name in _STEMS})
+    _require_fitting(root, configs, {name: read_header(weight_file(root / name)[0]) for name in _STEMS})
     scheduler_config(root / "scheduler")
     if (root / "tokenizer").is_dir():
         check_tokenizer(root / "tokenizer")
@@ -161,7 +161,7 @@ def _require_fitting(root: Path, configs: dict[str, Any], tensors: dict[str, dic
         )
 
 
-def _weight_file(directory: Path) -> tuple[Path, str | None]:
+def weight_file(directory: Path) -> tuple[Path, str | None]:
     """The safetensors file of a part, and its variant: None, or "fp16"."""
     stem = _STEMS[directory.name]
     for variant in (None, "fp16"):
@@ -178,7 +178,7 @@ def _weight_file(directory: Path) -> tuple[Path, str | None]:
 
 def _load(cls: Any, directory: Path, **dtype: torch.dtype) -> Any:
     """One network from its directory; the file may be the fp16 variant."""
-    file, variant = _weight_file(directory)
+    file, variant = weight_file(directory)
     try:
         with _quiet():
             model, report = cls.from_pretrained(
