@@ -13,13 +13,15 @@
 | ade20k | ADE20K | such scenes with index masks |
 
 The biased world ties each class to a background and a surface texture (`biased_scene`, `biased_texture`). They are the
-context that a backbone may learn in place of the shape, and all three bias benchmarks set them against the shape. A
-picture depends on the seed, its dataset and its number alone; `--scale` changes how many there are.
+context that a backbone may learn in place of the shape, and all three bias benchmarks set them against the shape.
+
+A picture depends on the seed, its dataset and its number alone; `--scale` changes how many there are. Only in9, which
+takes backgrounds from other pictures, depends on their count.
 """
 
 import io
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ from ubgen.core.errors import UserError, run
 from ubgen.core.stage import Stage
 from ubgen.miniature import scenes, tasks
 from ubgen.miniature.backgrounds import BACKGROUNDS, SIZE
+from ubgen.miniature.scenes import Files
 from ubgen.miniature.shapes import CLASSES, TRAIN_CLASSES
 from ubgen.miniature.world import (
     COLOURS,
@@ -53,9 +56,6 @@ from ubgen.miniature.world import (
     stream,
     to_pixels,
 )
-
-Files = Iterator[tuple[str, np.ndarray | bytes]]
-"""Names below the dataset's directory, with pixels, uint8 (H, W, 3) or (H, W), or with a file's content."""
 
 _CUES = len(SCENES)
 """The first eight classes have a context of their own; the last two share theirs with the first two."""
@@ -81,8 +81,9 @@ def _of(world: World) -> Callable[[int, np.random.Generator], np.ndarray]:
 def cue_conflict(seed: int, count: int) -> Files:
     """Shape of one class, background and surface texture of another, `count` for each pair of eight classes.
 
-    As in the original, exemplars recur: the n-th shape of a class has the same place, size, tilt and colour on every
-    background, and the n-th background of a class is the same behind every shape.
+    As in the original, exemplars recur: the n-th shape of a class has the same place, size and tilt on every
+    background, and the same colour unless it could not be seen; the n-th background of a class is the same behind
+    every shape.
     """
     world = fair_world()
     for shape in range(_CUES):
@@ -265,7 +266,7 @@ class WriteConfig:
     out: Path
     """A new or empty directory. Run the same command again after a kill: it starts over in the same directory."""
     seed: int = 0
-    """Each picture depends on the seed, its dataset and its number alone."""
+    """Another seed gives other pictures in the same numbers."""
     scale: float = 1.0
     """How many pictures, as a factor: 1 writes about 28,000, 0.1 a tenth of that."""
 

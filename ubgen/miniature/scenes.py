@@ -140,6 +140,7 @@ def _instances(groups: list[Group], height: int, width: int) -> tuple[Instance, 
 
 
 Files = Iterator[tuple[str, np.ndarray | bytes]]
+"""Names below a dataset's directory, with pixels, uint8 (H, W, 3) or (H, W), or with a file's content."""
 
 
 def coco(seed: int, count: int, split: str) -> Files:

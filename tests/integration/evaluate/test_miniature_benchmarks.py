@@ -21,7 +21,7 @@ from ubgen.miniature.tasks import TASKS
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out: Path = tmp_path_factory.mktemp("world") / "benchmarks"
-    write(WriteConfig("benchmarks", out, scale=0.02), Console(file=io.StringIO()))
+    write(WriteConfig("benchmarks", out, scale=0.01), Console(file=io.StringIO()))
     return out
 
 

@@ -24,7 +24,7 @@ from ubgen.miniature.shapes import CLASSES, TRAIN_CLASSES
 from ubgen.miniature.tasks import TASKS
 from ubgen.miniature.world import SCENES, TEXTURES, biased_scene, biased_texture
 
-SCALE = 0.02
+SCALE = 0.01
 
 
 def config(out: Path, **changes: object) -> WriteConfig:
