@@ -73,13 +73,20 @@ class Backbone:
             return network.forward_head(network.forward_features(images), pre_logits=True).flatten(1).float()
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, K) float32 on the device. UserError without a classifier."""
+        """(B, K) float32 on the device. UserError without a classifier.
+
+        The classifier computes in float32 under autocast, too: bf16 has so few digits that the largest two of 1,000
+        logits are often equal.
+        """
         if not self.outputs:
             raise UserError(
                 f"backbone {self.name}: its weights hold no classifier, so it cannot name classes"
             )
-        with torch.inference_mode(), self._autocast():
-            return self.network(images).float()
+        network: Any = self.network
+        with torch.inference_mode():
+            with self._autocast():
+                maps = network.forward_features(images)
+            return network.forward_head(maps.float())
 
     def on_device(self, images: Tensor) -> Tensor:
         """A batch as the network takes it."""

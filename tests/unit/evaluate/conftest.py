@@ -33,7 +33,10 @@ class Colours(nn.Module):
         super().__init__()
         self.register_buffer("colours", torch.tensor([colour(i) for i in range(classes)]) / 255)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward_features(self, images: Tensor) -> Tensor:
+        return images
+
+    def forward_head(self, images: Tensor) -> Tensor:
         mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
         size = images.shape[-1]
         middle = (images * std + mean)[..., size // 4 : -size // 4, size // 4 : -size // 4].mean((2, 3))

@@ -237,3 +237,18 @@ def test_a_random_network_must_be_asked_for() -> None:
     assert (a.name, c.name) == (f"random {MODEL} (seed 0)", f"random {MODEL} (seed 1)")
     with pytest.raises(UserError, match="no classifier"):
         a.logits(IMAGES)
+
+
+def test_logits_have_the_digits_of_float32_under_autocast(tmp_path: Path) -> None:
+    """Else the largest of 1,000 logits would often not be the only one."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=1000).eval()
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    backbone = load_backbone(f"timm:test_resnet@{tmp_path / 'w.safetensors'}", device="cpu", precision="bf16")
+    images = torch.randn(16, 3, 64, 64)
+    logits = backbone.logits(images)
+    assert logits.dtype == torch.float32
+    assert (logits != logits.bfloat16().float()).float().mean() > 0.9
+    with torch.inference_mode():
+        exact = network(images)
+    assert (logits - exact).abs().max() < 0.05 * exact.abs().max()
