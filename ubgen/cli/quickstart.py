@@ -42,8 +42,8 @@ class Arguments:
 
     out: Path = Path("runs/quickstart")
     """Directory for train/, engine/ and dataset/."""
-    updates: int = 60
-    """Fine-tuning updates; the recipe itself has more."""
+    updates: int = 80
+    """Fine-tuning updates; the recipe itself has more, and a longer warm-up."""
     per_class: int = 20
     """Images per class."""
 
@@ -67,7 +67,8 @@ def quickstart(given: Arguments) -> None:
         f"Quickstart: fine-tuning is shortened to {given.updates} updates (the miniature recipe has {full})."
     )
     train, engine, dataset = (given.out / name for name in ("train", "engine", "dataset"))
-    stage(console, train, ["ubgen-train", "--recipe", "miniature", "--max-updates", str(given.updates)])
+    shorter = ["--max-updates", str(given.updates), "--discriminator.warmup-updates", "12"]
+    stage(console, train, ["ubgen-train", "--recipe", "miniature", *shorter])
     stage(console, engine, ["ubgen-export", "--spec", "miniature", "--lora", str(train)])
     synth = [
         "ubgen-synth",
