@@ -85,7 +85,7 @@ class LabelMapping:
         """
         if missing := self.missing(class_ids):
             raise UserError(
-                f"the backbone lacks {len(missing)} of the {self.class_count} {self.class_list} classes that "
+                f"it lacks {len(missing)} of the {self.class_count} {self.class_list} classes that "
                 f"{self.benchmark} needs, such as {missing[0]!r}; this benchmark takes a backbone with all of them"
             )
         number = {i: n for n, category in enumerate(self.categories) for i in category.class_ids}
@@ -129,7 +129,7 @@ def mapping_for(benchmark: str, class_ids: Sequence[str]) -> LabelMapping:
     if not any(shared):
         lists = " or ".join(mapping.class_list for mapping in mappings)
         raise UserError(
-            f"{benchmark} needs a backbone with the classes of {lists}; this one has {len(class_ids)} others, "
+            f"{benchmark} needs the classes of {lists}; this backbone has {len(class_ids)} others, "
             f"such as {class_ids[0]!r}"
         )
     nearest = mappings[shared.index(max(shared))]

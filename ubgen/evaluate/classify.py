@@ -23,7 +23,7 @@ OUTSIDE = "outside"
 
 
 class How(TypedDict, total=False):
-    """How logits are computed; none of it changes them. As in `ubgen.evaluate.extract.extract`, with its defaults."""
+    """How logits are computed: arguments of `ubgen.evaluate.extract.extract`, with its defaults."""
 
     cache: Path | None
     batch_size: int
@@ -48,10 +48,11 @@ def known_classes(backbone: Backbone) -> tuple[str, ...]:
 
 def mapping_of(benchmark: str, backbone: Backbone) -> LabelMapping:
     """The benchmark's mapping that fits the backbone's classes; see `mapping_for`."""
+    class_ids = known_classes(backbone)
     try:
-        return mapping_for(benchmark, known_classes(backbone))
+        return mapping_for(benchmark, class_ids)
     except UserError as error:
-        raise UserError(f"{backbone.name}: {error}") from None
+        raise UserError(f"backbone {backbone.name}: {error}") from None
 
 
 def most_likely(logits_NK: np.ndarray, mapping: LabelMapping, class_ids: Sequence[str]) -> dict[str, Any]:
@@ -62,11 +63,13 @@ def most_likely(logits_NK: np.ndarray, mapping: LabelMapping, class_ids: Sequenc
 
 
 def images_in(directory: Path) -> list[str]:
-    """Sorted names of the image files in a directory. UserError if there is none, or no directory."""
+    """Sorted names of the image files in a directory, without hidden ones. UserError if there is none."""
     if not directory.is_dir():
         raise UserError(f"{directory} is missing")
     names = sorted(
-        entry.name for entry in os.scandir(directory) if entry.name.lower().endswith(IMAGE_ENDINGS)
+        name
+        for name in os.listdir(directory)
+        if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")  # such as macOS's ._cat1.png
     )
     if not names:
         raise UserError(f"{directory} holds no image")

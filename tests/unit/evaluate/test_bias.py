@@ -47,7 +47,7 @@ def test_what_is_damaged_is_said_with_the_layout(tmp_path, seer):
 
 def test_a_backbone_of_other_classes_is_refused(tmp_path, seer):
     (tmp_path / "in9").mkdir()
-    with pytest.raises(UserError, match="in9: seer: in9 needs a backbone with the classes of imagenet1k"):
+    with pytest.raises(UserError, match="in9: backbone seer: in9 needs the classes of imagenet1k"):
         open_benchmarks(["in9"], tmp_path, seer(["a", "b"]))
     assert known_classes(seer(["a", "b"])) == ("a", "b")
 

@@ -162,6 +162,12 @@ def test_missing_and_empty_directories_are_one_line(root):
         open_cue_conflict(root, MAPPING)
 
 
+def test_hidden_files_and_other_kinds_of_files_do_not_count(root):
+    (root / "cat" / "._cat1-chair2.png").write_bytes(b"")
+    (root / "cat" / "notes.txt").write_text("")
+    assert len(open_cue_conflict(root, MAPPING).images) == 32
+
+
 def test_a_broken_image_is_named(root, seer):
     (root / "cat" / "cat1-chair2.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"cat/cat1-chair2\.png: not a usable image") as caught:
@@ -170,7 +176,7 @@ def test_a_broken_image_is_named(root, seer):
 
 
 def test_backbones_without_the_classes_are_refused(seer):
-    with pytest.raises(UserError, match=r"seer: the backbone lacks \d+ of the 207 imagenet1k classes"):
+    with pytest.raises(UserError, match=r"backbone seer: it lacks \d+ of the 207 imagenet1k classes"):
         mapping_of("cue-conflict", seer(load_classes("imagenet100").ids))
     with pytest.raises(UserError, match=r"random test_resnet .*: its weights hold no classifier"):
         mapping_of("cue-conflict", load_backbone("random:test_resnet", device="cpu"))
