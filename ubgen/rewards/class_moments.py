@@ -6,9 +6,15 @@ over what an image shows beside its class. Between the two lies what the class-l
 
     p(residual | class) = p_base(residual)
 
-A residual is an image's unit CLIP feature, less the base generator's mean and less the part along the class texts.
+A residual is an image's unit CLIP feature, less the base generator's mean and less the part along the class texts, on
+the main directions in which the base generator's images of one class differ. What differs within a class is beside the
+class; in other directions images of a class agree because they show the class. (On the miniature's worlds the class
+explains 0.03 of a fair world's residuals on these directions, and 0.63 of a biased one's. On the main directions of all
+residuals it would be 0.13 and 0.68: there the terms would work against the class itself.)
+
 Within every class residuals should have the mean and the variance that the base generator's have over all classes.
-Equal means are independence, as far as a mean can tell; equal variances keep the variety.
+Equal means are independence, as far as a mean can tell; equal variances keep the variety. What the base generator never
+varies within a class the terms cannot see.
 """
 
 from typing import Any
@@ -49,7 +55,7 @@ class ClassMoments:
     queues on. The texts' part, the directions and lambda stay as fitted: a generator that moves as a whole is seen.
     """
 
-    def __init__(self, texts_ND: Tensor, queue: int = 24, directions: int = 12) -> None:
+    def __init__(self, texts_ND: Tensor, queue: int = 24, directions: int = 8) -> None:
         """`texts_ND`: CLIP features of the class texts. `queue`: n, an image's own residual included. `directions`: the
         largest K."""
         self._classes, self._past, self._directions = len(texts_ND), queue - 1, directions
@@ -71,8 +77,12 @@ class ClassMoments:
         mean = self._pool.mean(dim=0)
         centred = self._pool - mean
         centred = centred - centred @ self._text_basis @ self._text_basis.T
-        basis = _main_directions(centred, min(self._directions, len(centred) - 1))
-        residuals, classes = centred @ basis, self._pool_classes
+        classes = self._pool_classes
+        sums = centred.new_zeros(self._classes, centred.shape[1]).index_add(0, classes, centred)
+        counts = torch.bincount(classes, minlength=self._classes).clamp(min=1)[:, None]
+        within = centred - (sums / counts)[classes]
+        basis = _main_directions(within, self._directions)
+        residuals = centred @ basis
         self._fitted = {
             "mean": mean,
             "basis": basis,

@@ -94,8 +94,9 @@ class LossConfig:
     """Ours, not the paper's. Weight of the class-level term for variety: the same for the variance, where too small."""
     class_queue: int = 24
     """Last images of a class whose mean and variance are taken. A class with fewer has no class-level loss."""
-    class_directions: int = 12
-    """Directions of CLIP's space in which they are taken: the main ones of the base generator's images."""
+    class_directions: int = 8
+    """Directions of CLIP's space on which they are taken: the main ones in which the base generator's images of one
+    class differ."""
     trust: float = 0.0
     """Ours, not the paper's. Weight of the trust region: the squared distance between the noise that the tuned and the
     base UNet predict. It is logged whatever its weight."""

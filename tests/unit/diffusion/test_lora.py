@@ -17,6 +17,7 @@ from ubgen.diffusion import (
     lora_parameters,
     merge_lora,
     save_lora,
+    without_lora,
 )
 
 INPUT = (torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), torch.randn(2, 16, 32))
@@ -45,6 +46,22 @@ def test_lora_covers_the_attention_projections_and_starts_as_identity(tiny: Stab
     assert torch.equal(before, output(tiny))
     down = torch.cat([p.flatten() for n, p in tiny.unet.named_parameters() if "lora_A" in n])
     assert down.std().item() == pytest.approx(1 / 4, rel=0.05)
+
+
+def test_without_its_lora_it_is_the_base_and_gradients_of_before_stay(tiny: StableDiffusion) -> None:
+    base = output(tiny)
+    parameters = lora_parameters(trained(tiny, 4).unet)
+    tuned = tiny.unet(*INPUT).sample
+    expected = torch.autograd.grad(tuned.square().mean(), parameters, retain_graph=True)
+    with without_lora(tiny.unet):
+        assert torch.equal(output(tiny), base)
+    assert torch.equal(output(tiny), tuned)
+    assert all(p.requires_grad for p in parameters)
+    tuned.square().mean().backward(inputs=parameters)
+    assert all(
+        torch.equal(p.grad, g) for p, g in zip(parameters, expected, strict=True) if p.grad is not None
+    )
+    assert all(p.grad is not None for p in parameters)
 
 
 def test_initial_lora_depends_on_the_seed_only(tiny: StableDiffusion, reference: Path) -> None:

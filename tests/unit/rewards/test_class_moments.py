@@ -92,7 +92,7 @@ def test_it_sees_what_the_discriminator_cannot() -> None:
     exchanged = images - scene_part + scene_part[torch.randperm(len(images), generator=draw)]
     moments.push(exchanged, labels)
     free, _ = moments.losses(exchanged, labels)
-    assert tied > 0.15  # of 12 directions 3 are backgrounds, the others noise
+    assert tied > 0.2  # of 8 directions 3 are backgrounds, the others noise
     assert abs(free) < 0.1 * tied
     torch.manual_seed(0)
     discriminator = Discriminator(32, hidden=64)
@@ -187,5 +187,5 @@ def test_a_thousand_classes_leave_a_residual() -> None:
     draw = torch.Generator().manual_seed(0)
     texts, images = torch.randn(100, 32, generator=draw), torch.randn(200, 32, generator=draw)
     moments = fitted(images, texts, torch.arange(200) % 100, queue=3)
-    assert moments._fitted["basis"].shape == (32, 12)
+    assert moments._fitted["basis"].shape == (32, 8)
     assert 0.3 < moments.held < 1
