@@ -42,10 +42,6 @@ class Check:
     detail: str
 
 
-class Wrong(Exception):
-    """A check has failed; the message is its line."""
-
-
 def check_weights(
     stable_diffusion: str | None, clip: str | None, qalign: str | None, device: str
 ) -> Iterator[Check]:
@@ -68,14 +64,14 @@ class _Checks:
 
     @contextmanager
     def check(self, name: str) -> Iterator[list[str]]:
-        """Put the line for success into the list; UserError, a warning for the user or `Wrong` make it a failure."""
+        """Put the line for success into the list; a UserError or a warning for the user is a failure."""
         said: list[str] = []
         title = f"{self.family}: {name}"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Warned)
                 yield said
-        except (UserError, Warned, Wrong) as error:
+        except (UserError, Warned) as error:
             self.done.append(Check(title, False, str(error)))
         else:
             self.done.append(Check(title, True, said[0]))
@@ -127,13 +123,17 @@ def _stable_diffusion_directory(path: str) -> Path:
 
 def _tokenizer(sd: StableDiffusion) -> str:
     if sd.tokenizer is None:
-        raise Wrong(f"{sd.path / 'tokenizer'} is missing; copy it from the model that the weights come from")
+        raise UserError(
+            f"{sd.path / 'tokenizer'} is missing; copy it from the model that the weights come from"
+        )
     size, known = len(sd.tokenizer), sd.text_encoder.config.vocab_size
     if size > known:
-        raise Wrong(f"it has {size} tokens, the text encoder knows {known}; take both from one model")
+        raise UserError(f"it has {size} tokens, the text encoder knows {known}; take both from one model")
     cat, dog = encode_prompts(sd, ["cat", "dog"]).float()
     if torch.allclose(cat, dog, atol=1e-3):
-        raise Wrong("the text encoder gives 'cat' and 'dog' the same embedding; its weights cannot be right")
+        raise UserError(
+            "the text encoder gives 'cat' and 'dog' the same embedding; its weights cannot be right"
+        )
     return f"{size} tokens, up to {sd.text_encoder.config.max_position_embeddings} in a prompt"
 
 
@@ -143,18 +143,18 @@ def _vae(sd: StableDiffusion) -> str:
     image = _photo(_image_size(sd)).to(sd.vae.device, sd.vae.dtype)
     latents = _latents(sd, image)
     if latents.shape[1:] != sd.latent_shape():
-        raise Wrong(
+        raise UserError(
             f"its latents are {tuple(latents.shape[1:])}, the UNet's sample_size needs {sd.latent_shape()}"
         )
     decoded = sd.vae.decode(latents / sd.vae.config.scaling_factor).sample / 2 + 0.5
     lost = float((decoded - image).float().square().mean() / image.float().var())
     if not lost < 0.5:
-        raise Wrong(
+        raise UserError(
             f"a photograph comes out with {lost:.0%} of its variance lost; encoder and decoder do not fit"
         )
     scale, factor = float(latents.float().std()), sd.vae.config.scaling_factor
     if not 0.3 < scale < 3:
-        raise Wrong(
+        raise UserError(
             f"the latents of a photograph have the standard deviation {scale:.2f} instead of about 1; "
             f"set scaling_factor in {sd.path / 'vae' / 'config.json'} to about {factor / scale:.2g}, not {factor:.2g}"
         )
@@ -176,7 +176,7 @@ def _denoise(sd: StableDiffusion) -> str:
     target = {"epsilon": noise, "sample": x, "v_prediction": signal * noise - sigma * x}[kind]
     error = float((predicted - target).float().square().mean() / target.float().square().mean())
     if not error < 0.5:
-        raise Wrong(
+        raise UserError(
             f"its error on a noisy photograph is {error:.2f}, no better than guessing (1): VAE and UNet are not of one "
             "model, or the scheduler's prediction_type is wrong"
         )
@@ -225,7 +225,7 @@ def _zero_shot(clip: Clip, vocabulary: int) -> str:
     words = F.normalize(clip.encode_text(texts).float(), dim=1)
     right = int(((images @ words.T).argmax(1).cpu() == torch.arange(len(texts))).sum())
     if right < 6:
-        raise Wrong(
+        raise UserError(
             f"it tells {right} of {len(texts)} {what} apart: its two towers do not fit, or the tokenizer is another"
         )
     return f"tells {right} of {len(texts)} {what} apart"
@@ -290,7 +290,7 @@ def _blur(qalign: QAlign) -> str:
     scores = [float(qalign.score(image.to(device))) for image in copies]
     shown = f"a photograph {scores[0]:.2f}, blurred {scores[1]:.2f}, more so {scores[2]:.2f} (1 to 5)"
     if not (scores[0] > scores[1] > scores[2] and scores[0] - scores[2] > 0.5):
-        raise Wrong(f"it does not rank by quality: {shown}; these are not the weights of one-align")
+        raise UserError(f"it does not rank by quality: {shown}; these are not the weights of one-align")
     return shown
 
 
