@@ -12,7 +12,7 @@ from ubgen.core.config import resolve_path
 from ubgen.core.errors import UserError
 from ubgen.rewards.preprocess import qalign_preprocess
 from ubgen.rewards.qalign_config import QAlignConfig
-from ubgen.rewards.qalign_model import MultimodalDecoder
+from ubgen.rewards.qalign_model import MultimodalDecoder, offload
 from ubgen.rewards.qalign_weights import load_into, read_config
 
 
@@ -58,19 +58,33 @@ class QAlign(nn.Module):
 
     @classmethod
     def load(
-        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        offloaded: bool = False,
     ) -> "QAlign":
         """Read a directory with config.json and the weights, frozen and in eval mode.
 
         Weights: model.safetensors, safetensors shards with or without an index, or pickled *.bin shards (read
         with weights_only). Needs the memory of the weights in `dtype` and no more. UserError when the
         directory or a file is missing, or when a tensor is missing, unknown or of the wrong shape.
+
+        `offloaded`: the layers stay in the host's memory; each is copied to `device` whenever its turn comes, and no
+        activation is kept. Slower by the copies (15 GB a pass at full size), in the memory of one layer.
         """
         directory = resolve_path(path)
         with torch.device("meta"):
             model = cls(read_config(directory))
-        load_into(model, directory, dtype, device)
-        return model.to(device).eval().requires_grad_(False)
+        load_into(model, directory, dtype, "cpu" if offloaded else device)
+        model = model.eval().requires_grad_(False)
+        if not offloaded:
+            return model.to(device)
+        parts = model.model
+        stacks = (parts.vision_model.encoder.layers, parts.visual_abstractor.encoder.layers, parts.layers)
+        offload(model, [layer for stack in stacks for layer in stack], torch.device(device))
+        return model
 
     def save(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors, which `load` reads."""

@@ -4,7 +4,7 @@ Shapes: N = patches + 1 vision tokens, Q learned queries, S prompt positions aft
 Everything is static in S, so the networks export with a dynamic batch alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,38 @@ from torch.utils.checkpoint import checkpoint as recompute
 from ubgen.rewards.qalign_config import AbstractorConfig, QAlignConfig, VisionConfig
 
 
-def _run(layer: Callable[..., Tensor], checkpoint: bool, *args: object) -> Tensor:
-    """One layer; with `checkpoint` its activations are computed again in the backward pass, not kept."""
+def _run(layer: nn.Module, checkpoint: bool, *args: object) -> Tensor:
+    """One layer; with `checkpoint` its activations are computed again in the backward pass, not kept.
+
+    The weights of a layer that `offload` has marked are brought to its input's device for the call, and again for the
+    backward pass.
+    """
+    if getattr(layer, "offloaded", False):
+        return recompute(_bring, layer, *args, use_reentrant=False)
     return recompute(layer, *args, use_reentrant=False) if checkpoint else layer(*args)
+
+
+def _bring(layer: nn.Module, x: Tensor, *rest: object) -> Tensor:
+    tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    weights = {name: tensor.to(x.device, non_blocking=True) for name, tensor in tensors.items()}
+    return torch.func.functional_call(layer, weights, (x, *rest))
+
+
+def offload(model: nn.Module, layers: Iterable[nn.Module], device: torch.device) -> None:
+    """Move `model`, frozen, to `device`, all but `layers`: those stay in the host's memory, and come when called."""
+    held = set[nn.Module]()
+    for layer in layers:
+        layer.offloaded = True  # type: ignore[assignment]
+        held |= set(layer.modules())
+    for module in model.modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if module not in held:
+                moved = tensor.detach().to(device)
+                setattr(
+                    module, name, nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
+                )
+            elif device.type == "cuda":
+                tensor.data = tensor.data.pin_memory()  # is copied without waiting
 
 
 def _split_heads(x_BSD: Tensor, heads: int) -> Tensor:

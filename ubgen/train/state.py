@@ -152,7 +152,9 @@ def build_state(config: TrainConfig, classes: ClassList, device: torch.device) -
     attention = set_attention(sd.unet, config.attention, device, config.precision)
     needed = networks_needed(losses)
     clip = Clip.load(config.networks.clip, dtype, device) if "clip" in needed else None
-    qalign = QAlign.load(config.networks.qalign, dtype, device) if "qalign" in needed else None
+    places, qalign = config.networks, None
+    if "qalign" in needed:
+        qalign = QAlign.load(places.qalign, dtype, device, offloaded=places.qalign_offload)
     prompts = [config.prompt.replace("{name}", name) for name in classes.names]
     descriptions = [config.description.replace("{name}", name) for name in classes.names]
     description_ND = None if clip is None else clip.encode_text(descriptions).float()

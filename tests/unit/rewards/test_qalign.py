@@ -85,6 +85,27 @@ def test_score_and_gradient_equal_the_reference(golden, case, checkpoint):
     assert all(p.grad is None for p in golden.parameters())
 
 
+def test_layers_that_stay_in_the_hosts_memory_come_when_they_are_called(golden):
+    """The same score and gradient to the bit; and on another device ("meta" holds shapes) no layer lies there."""
+    pixels, ids = (
+        load_file(GOLDEN / "inputs.safetensors")[f"b3.{name}"] for name in ("pixel_values", "input_ids")
+    )
+    offloaded = QAlign.load(GOLDEN, offloaded=True)
+    results = []
+    for model in (golden, offloaded):
+        leaf = pixels.clone().requires_grad_()
+        score = model.score_pixels(leaf, ids)
+        score.sum().backward()
+        results.append((score, leaf.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    elsewhere = QAlign.load(GOLDEN, device="meta", offloaded=True)
+    places = {name: tensor.device.type for name, tensor in elsewhere.named_parameters()}
+    assert {places[name] for name in places if ".layers." in name} == {"cpu"}
+    assert {places[name] for name in places if ".layers." not in name} == {"meta"}
+    before, after = ids[:, :1].to("meta"), ids[:, -1:].to("meta")
+    assert elsewhere.model(pixels.to("meta"), before, after).device.type == "meta"
+
+
 def test_position_tables_of_a_fresh_network_are_the_checkpoints():
     fresh, loaded = QAlign.from_config(tiny_config()).state_dict(), load_file(GOLDEN / "model.safetensors")
     tables = [name for name in loaded if name.endswith("_pos_embed")]
