@@ -6,7 +6,7 @@
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,13 +38,16 @@ _LIBRARIES = (
 )
 
 
-def content_hash(path: Path, digest: Callable[[Path], str] | None = None) -> str:
+def content_hash(
+    path: Path, digest: Callable[[Path], str] | None = None, only: Iterable[Path] | None = None
+) -> str:
     """ "sha256:<hex>" of a file's bytes, or of a directory's sorted relative file names and their bytes.
 
     In a directory only hidden files and Markdown are skipped, which no stage reads; where it lies and its times do not
     count. Links are followed, to files and to directories: what counts is what a stage reads. UserError if `path` is
     missing, or a link in it leads nowhere or back to a directory above.
-    `digest` stands in for `file_digest`, for a caller that remembers what it has hashed.
+    `digest` stands in for `file_digest`, for a caller that remembers what it has hashed. `only`: of a directory, the
+    files below it that count, where a stage reads some of them alone.
     """
     digest = digest or file_digest
     path = Path(path)
@@ -53,7 +56,7 @@ def content_hash(path: Path, digest: Callable[[Path], str] | None = None) -> str
     if not path.is_dir():
         return f"sha256:{digest(path)}"
     total = hashlib.sha256()
-    names = sorted(_files_below(path))
+    names = sorted(_files_below(path) if only is None else {str(file.relative_to(path)) for file in only})
     for name in names:
         # the newline and the digest's fixed length keep (name, content) pairs from running into each other
         total.update(f"{name}\n{digest(path / name)}\n".encode())
@@ -240,13 +243,19 @@ class Stage:
             if name not in (RUN, MANIFEST):
                 self.store.delete(name)
 
-    def finish(self, inputs: Mapping[str, Path | str], **extra: Any) -> None:
-        """Write the manifest, as the last file: config, versions, device, and the hash of every input."""
+    def finish(
+        self, inputs: Mapping[str, Path | str], known: Mapping[str, str] | None = None, /, **extra: Any
+    ) -> None:
+        """Write the manifest, as the last file: config, versions, device, and the hash of every input.
+
+        `known`: hashes of some of them, found when they were read.
+        """
         if not self.lock.exclusive:
             raise RuntimeError("a stage directory that is shared cannot be finished")
         self.store.delete_leftovers()  # of workers that died on the way
         hashes = {
-            name: {"path": str(path), "hash": content_hash(Path(path))} for name, path in inputs.items()
+            name: {"path": str(path), "hash": (known or {}).get(name) or content_hash(Path(path))}
+            for name, path in inputs.items()
         }
         manifest = {
             "stage": self.name,

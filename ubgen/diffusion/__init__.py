@@ -19,6 +19,7 @@ from ubgen.diffusion.stable_diffusion import (
     encode_prompts,
     load_scheduler,
     load_stable_diffusion,
+    stable_diffusion_files,
     tokenize,
     with_sampler,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "sample_guided",
     "save_lora",
     "schedule",
+    "stable_diffusion_files",
     "tokenize",
     "training_steps",
     "with_sampler",

@@ -126,6 +126,18 @@ def check_stable_diffusion(path: str | Path) -> Path:
     return root
 
 
+def stable_diffusion_files(root: Path) -> list[Path]:
+    """What `load_stable_diffusion` reads of a directory that `check_stable_diffusion` has found whole."""
+    parts = [root / name for name in _STEMS]
+    tokenizer = (root / "tokenizer").iterdir() if (root / "tokenizer").is_dir() else ()
+    return [
+        *(part / "config.json" for part in parts),
+        *(_weight_file(part)[0] for part in parts),
+        root / "scheduler" / "scheduler_config.json",
+        *(file for file in tokenizer if file.suffix in (".json", ".txt")),
+    ]
+
+
 def _require_fitting(root: Path, configs: dict[str, Any], tensors: dict[str, dict[str, TensorInfo]]) -> None:
     unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
     file = root / "unet" / "config.json"

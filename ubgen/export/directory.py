@@ -130,8 +130,8 @@ class Hashes:
         self._known: dict[str, list[object]] = _read(cache)
         self._new = False
 
-    def __call__(self, path: Path) -> str:
-        return content_hash(path, self._digest)
+    def __call__(self, path: Path, only: Iterable[Path] | None = None) -> str:
+        return content_hash(path, self._digest, only)
 
     def save(self) -> None:
         if self._new and self._cache.parent.is_dir():

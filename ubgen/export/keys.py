@@ -1,6 +1,6 @@
 """What an engine is made from, the weights and the LoRA, and the content keys that follow from their bytes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,14 @@ from typing import Any
 from ubgen.core.config import require_directory, resolve_path, to_dict
 from ubgen.core.errors import UserError
 from ubgen.core.stage import MANIFEST, Stage, content_hash, library_versions, read_manifest
-from ubgen.diffusion import check_stable_diffusion, find_lora
+from ubgen.diffusion import check_stable_diffusion, find_lora, stable_diffusion_files
 from ubgen.export.spec import EngineSpec, NetworkSpec
-from ubgen.rewards.clip_files import find_clip
-from ubgen.rewards.qalign_weights import check_weight_files
+from ubgen.rewards.clip_files import clip_files, find_clip
+from ubgen.rewards.qalign_weights import check_weight_files, qalign_files
 from ubgen.runtime.engine import json_hash, key_parts
+
+HashOf = Callable[[Path, Iterable[Path] | None], str]
+"""`content_hash` of a file, or of some of a directory's files."""
 
 FAMILY = {
     "text_encoder": "stable_diffusion",
@@ -26,6 +29,9 @@ FAMILY = {
 
 _PART = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}
 """Network name -> the directory of its own inside those weights."""
+
+_READ = {"stable_diffusion": stable_diffusion_files, "clip": clip_files, "qalign": qalign_files}
+"""Weights -> the files of their directory that are read."""
 
 _FILES = {
     "stable_diffusion": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
@@ -74,11 +80,11 @@ def require_own_directory(out: Path, inputs: Mapping[str, Path]) -> None:
     Stage(out, "export", {}, overwrite=True).look()
 
 
-def engine_parts(
-    spec: EngineSpec, inputs: Mapping[str, Path], hash_of: Callable[[Path], str]
-) -> dict[str, Any]:
+def engine_parts(spec: EngineSpec, inputs: Mapping[str, Path], hash_of: HashOf) -> dict[str, Any]:
     """All that the engine's key depends on; `inputs` are the weights and the LoRA."""
-    hashes = {name: hash_of(path) for name, path in inputs.items()}
+    hashes = {
+        name: hash_of(path, _READ[name](path) if name in _READ else None) for name, path in inputs.items()
+    }
     lora = hashes.pop("lora", None)
     _check_base(inputs, hashes["stable_diffusion"])
     compilers: set[str] = {network.compiler for _, network in spec.networks.items()}
@@ -90,7 +96,7 @@ def network_keys(
     spec: EngineSpec,
     parts: Mapping[str, Any],
     inputs: Mapping[str, Path],
-    hash_of: Callable[[Path], str],
+    hash_of: HashOf,
 ) -> tuple[str, str]:
     """The key of one compiled network, and the key of its graph alone, whatever the weights in it.
 
@@ -99,8 +105,10 @@ def network_keys(
     network: NetworkSpec = getattr(spec.networks, name)
     settings = to_dict(network)
     del settings["tolerance"]  # is checked again
+    family = FAMILY[name]
+    own = inputs[family] / _PART.get(name, "")
     weights = {
-        "weights": hash_of(inputs[FAMILY[name]] / _PART.get(name, "")),
+        "weights": hash_of(own, [f for f in _READ[family](inputs[family]) if f.is_relative_to(own)]),
         "lora": parts["lora"] if name == "unet" else None,
     }
     graph = {

@@ -79,6 +79,12 @@ def find_clip(path: str | Path, option: str = "the CLIP directory") -> ClipFiles
     return files
 
 
+def clip_files(directory: Path) -> list[Path]:
+    """What `Clip.load` reads of a directory."""
+    small = [file for file in directory.iterdir() if file.suffix in (".json", ".txt")]
+    return [*small, *find_clip(directory).weights]
+
+
 def build_clip(files: ClipFiles) -> nn.Module:
     """The network with its weights, in float32 on the CPU. UserError when the two do not fit, or are not finite."""
     model = _load_transformers(files) if files.is_transformers else _load_open_clip(files)

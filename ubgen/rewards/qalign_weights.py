@@ -30,6 +30,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_json_object(path)
 
 
+def qalign_files(directory: Path) -> list[Path]:
+    """What `QAlign.load` reads of a directory."""
+    return [directory / "config.json", *weight_files(directory, "Q-Align")]
+
+
 def check_weight_files(directory: Path, expected: Mapping[str, torch.Size] | None = None) -> None:
     """UserError when a file of the checkpoint is not there as a whole; reads the headers alone.
 

@@ -307,6 +307,16 @@ def check_networks(config: TrainConfig) -> None:
         checks[name](path)
 
 
+def network_files(config: TrainConfig) -> dict[str, list[Path]]:
+    """The files that this run reads in each network's directory; these may hold the same weights in other formats."""
+    from ubgen.diffusion import stable_diffusion_files
+    from ubgen.rewards.clip_files import clip_files
+    from ubgen.rewards.qalign_weights import qalign_files
+
+    readers = {"stable_diffusion": stable_diffusion_files, "clip": clip_files, "qalign": qalign_files}
+    return {name: readers[name](path) for name, path in network_paths(config).items()}
+
+
 def networks_needed(losses: LossConfig) -> list[str]:
     """The networks that a run with these losses reads."""
     needed = {

@@ -27,7 +27,7 @@ from ubgen.train.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from ubgen.train.config import TrainConfig, accumulation, network_paths
+from ubgen.train.config import TrainConfig, accumulation, network_files, network_paths
 from ubgen.train.logging import GridJudge, figures, save_grid
 from ubgen.train.state import build_state
 from ubgen.train.update import Diverged, Metrics, discriminator_update, generator_update, warmup_features
@@ -69,14 +69,20 @@ def run_training(
         if finished and stage is not None:
             with run.state.averaged():
                 save_weights(out, run.state)
-            stage.finish(run.inputs(), updates=run.updates, images_seen=run.updates * run.global_batch)
+            stage.finish(
+                run.inputs(),
+                stage.config["weights"],
+                updates=run.updates,
+                images_seen=run.updates * run.global_batch,
+            )
         console.print(f"{out}: {'finished' if finished else 'stopped; the same command continues'}")
         return finished
 
 
 def _stage(config: TrainConfig, classes: ClassList, out: Path, processes: int, overwrite: bool) -> Stage:
     """The output directory. Where networks and classes lie, and what no update sees, may change on the way."""
-    weights = {name: content_hash(path) for name, path in network_paths(config).items()}
+    files = network_files(config)
+    weights = {name: content_hash(path, only=files[name]) for name, path in network_paths(config).items()}
     options = {**to_dict(config), "processes": processes, "weights": weights}
     fixed = {name: value for name, value in options.items() if name not in ("networks", "classes", "output")}
     return Stage(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -115,6 +116,27 @@ def test_manifest_comes_with_the_inputs_hashes(finished: Path, config: TrainConf
     assert all(entry["hash"].startswith("sha256:") for entry in manifest["inputs"].values())
     assert (manifest["updates"], manifest["images_seen"]) == (4, 8)
     assert manifest["config"]["generator"]["lr"] == config.generator.lr
+
+
+def test_only_files_that_are_read_say_which_run_it_is(
+    finished: Path, config: TrainConfig, change: Change, tmp_path: Path
+) -> None:
+    """A download holds the same weights in several formats. The run is finished with them, too; not with others."""
+    download = shutil.copytree(config.networks.stable_diffusion, tmp_path / "sd")
+    for unread in (
+        "sd.ckpt",
+        "sd-pruned.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "model_index.json",
+    ):
+        (download / unread).write_bytes(b"never read")
+    before = contents(finished)
+    assert train(change(config, "networks", stable_diffusion=str(download)), finished)
+    assert contents(finished) == before
+    settings = download / "scheduler" / "scheduler_config.json"
+    settings.write_text(settings.read_text() + " ")
+    with pytest.raises(UserError, match=r"weights\.stable_diffusion was sha256"):
+        train(change(config, "networks", stable_diffusion=str(download)), finished)
 
 
 def test_the_lora_is_trained_and_loads(finished: Path, config: TrainConfig) -> None:
