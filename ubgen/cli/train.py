@@ -1,6 +1,7 @@
 """ubgen-train: fine-tune the generator."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from ubgen.core.classes import load_classes
 from ubgen.core.config import load_recipe
 from ubgen.core.errors import UserError, run
-from ubgen.train import TrainConfig, train
+from ubgen.train import TrainConfig, train, validate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +39,8 @@ class Arguments:
     """Start again in a directory that was used before; what the earlier run left there is removed."""
     stop_after: int | None = None
     """Stop after so many updates, with a checkpoint; the same command continues."""
+    dry_run: bool = False
+    """Show what a GPU would need, memory by part and time by counted FLOPs, and do nothing. Reads configs alone."""
 
 
 REPLACED = {"epochs": "max_updates", "discriminator.warmup_epochs": "discriminator.warmup_updates"}
@@ -79,6 +83,8 @@ def oracle(config: TrainConfig) -> Callable[["np.ndarray", Sequence[str]], dict[
 
 def fine_tune() -> None:
     given = parse(sys.argv[1:])
+    if given.dry_run:
+        return show_plan(given.config)
     train(
         given.config,
         given.out,
@@ -86,6 +92,17 @@ def fine_tune() -> None:
         stop_after=given.stop_after,
         judge=oracle(given.config),
     )
+
+
+def show_plan(config: TrainConfig) -> None:
+    validate(config)
+    classes = load_classes(config.classes)
+    from rich.console import Console
+
+    from ubgen.benchmark.finetune import plan_tables, plan_training
+
+    for drawn in plan_tables(plan_training(config, len(classes), int(os.environ.get("WORLD_SIZE", "1")))):
+        Console().print(drawn)
 
 
 def main() -> None:

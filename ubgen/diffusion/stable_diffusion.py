@@ -132,7 +132,7 @@ def stable_diffusion_files(root: Path) -> list[Path]:
     tokenizer = (root / "tokenizer").iterdir() if (root / "tokenizer").is_dir() else ()
     return [
         *(part / "config.json" for part in parts),
-        *(_weight_file(part)[0] for part in parts),
+        *(weight_file(part)[0] for part in parts),
         root / "scheduler" / "scheduler_config.json",
         *(file for file in tokenizer if file.suffix in (".json", ".txt")),
     ]

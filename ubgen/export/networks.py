@@ -160,7 +160,7 @@ def meta_networks(image_size: int, weights: Mapping[str, Path]) -> dict[str, Exp
     UserError when the image size or the LoRA does not fit the networks.
     """
     sd, clip, qalign = (
-        _meta_stable_diffusion(weights["stable_diffusion"]),
+        meta_stable_diffusion(weights["stable_diffusion"]),
         _meta_clip(weights["clip"]),
         _meta_qalign(weights["qalign"]),
     )
@@ -205,7 +205,7 @@ def _check_image_size(size: int, sd: StableDiffusion) -> None:
         )
 
 
-def _meta_stable_diffusion(path: Path) -> StableDiffusion:
+def meta_stable_diffusion(path: Path) -> StableDiffusion:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 

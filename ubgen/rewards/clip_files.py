@@ -116,6 +116,22 @@ def meta_clip(files: ClipFiles) -> nn.Module:
     return model.eval()
 
 
+def meta_clip_of_config(path: str | Path) -> tuple[nn.Module, int, int]:
+    """The network without values, its image size and feature width, from the config alone: no weights need be there."""
+    import open_clip
+
+    directory = require_directory(path, "the CLIP directory")
+    is_open_clip = (directory / OPEN_CLIP).is_file()
+    config = (
+        _read_open_clip_config(directory / OPEN_CLIP)
+        if is_open_clip
+        else _read_transformers_config(directory)
+    )
+    with torch.device("meta"), quiet():
+        model = open_clip.model.CLIP(**config).eval().requires_grad_(False)
+    return model, config["vision_cfg"]["image_size"], config["embed_dim"]
+
+
 def clip_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a CLIP directory, or of an engine's copy of it without the weights."""
     directory = Path(path)

@@ -31,6 +31,7 @@ __all__ = [
     "RolloutConfig",
     "TrainConfig",
     "train",
+    "validate",
 ]
 
 

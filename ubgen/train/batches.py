@@ -32,6 +32,16 @@ def updates_for(epochs: float, classes: int, global_batch: int) -> int:
     return math.ceil(round(epochs * classes / global_batch, 6))
 
 
+def warmup_updates(config: TrainConfig, classes: int, global_batch: int) -> int:
+    """Updates in which the discriminator trains alone, on twice the images; `warmup_until` may make them more."""
+    settings = config.discriminator
+    if config.losses.entire == 0 and not config.losses.class_level:
+        return 0
+    if settings.warmup_updates is not None:
+        return settings.warmup_updates
+    return updates_for(settings.warmup_epochs, classes, 2 * global_batch)
+
+
 def draw_batch(
     config: TrainConfig,
     names: tuple[str, ...],

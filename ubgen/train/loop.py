@@ -18,7 +18,7 @@ from ubgen.core.files import atomic_write
 from ubgen.core.metrics import METRICS_FILE, TENSORBOARD, MetricsLog
 from ubgen.core.stage import Stage, content_hash
 from ubgen.diffusion import LORA_FILE
-from ubgen.train.batches import Batch, draw_batch, updates_for
+from ubgen.train.batches import Batch, draw_batch, updates_for, warmup_updates
 from ubgen.train.checkpoint import (
     DISCRIMINATOR_FILE,
     list_checkpoints,
@@ -124,7 +124,7 @@ class Run:
         self.global_batch = config.batch_size * process.num_processes * self.accumulate
         count = len(classes)
         self.updates = config.max_updates or updates_for(config.epochs, count, self.global_batch)
-        self.warmup = _warmup_updates(config, count, self.global_batch)
+        self.warmup = warmup_updates(config, count, self.global_batch)
         self.checkpoints = out / CHECKPOINTS
         self.done = 0
 
@@ -183,7 +183,7 @@ class Run:
         adversary, settings = self.state.adversary, self.config.discriminator
         if adversary is not None:
             accuracy, wanted = adversary.health.accuracy(), settings.warmup_until
-            planned = _warmup_updates(self.config, len(self.classes), self.global_batch)
+            planned = warmup_updates(self.config, len(self.classes), self.global_batch)
             if wanted is not None and accuracy < wanted and self.warmup < planned * settings.warmup_limit:
                 self.warmup += 1
                 return {}
@@ -296,12 +296,3 @@ class Run:
             f"update {self.done + 1}: {error}; stopped before it reached the weights, {kept}. "
             f"Start again with --overwrite and {', or '.join(remedies)}"
         )
-
-
-def _warmup_updates(config: TrainConfig, classes: int, global_batch: int) -> int:
-    settings = config.discriminator
-    if config.losses.entire == 0 and not config.losses.class_level:
-        return 0
-    if settings.warmup_updates is not None:
-        return settings.warmup_updates
-    return updates_for(settings.warmup_epochs, classes, 2 * global_batch)
