@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
+import textwrap
 import threading
 import time
 from collections import defaultdict
@@ -271,12 +272,16 @@ def page(calls: list[dict[str, Any]], lora: str) -> str:
         "checkpointing, bf16. "
         "Random weights at real sizes: SD 1.5 (fp16 variants), CLIP ViT-L/14 (transformers directory), Q-Align at full "
         "width with 2 of its 32 decoder layers. Images and losses mean nothing here; times and memory do.",
-        f"{device_name()}, {torch.get_num_threads()} thread(s), {shown}. Load of the machine (2 cores): "
+        f"{device_name()}, {torch.get_num_threads()} thread(s), {shown}. Load of the machine "
+        f"({os.cpu_count()} cores): "
         + "; ".join(
             f"{a:.1f} at the start and {b:.1f} at the end of a call" for a, b in (c["load"] for c in calls)
         )
-        + ". Wall-clock times under load are no speed; processor seconds are nearer to it.",
+        + ". Wall-clock times under load are no speed; processor seconds are nearer to it. "
+        "Peaks are the process's own memory, without files mapped from disk. "
+        "The backward pass computes UNet step, decoder and Q-Align again, which counts as its own.",
     ]
+    lines = [textwrap.fill(line, 120) for line in lines]
     for call, title in zip(
         calls, ("First call: warm-up", "Second call, which resumes: training"), strict=False
     ):
@@ -287,7 +292,7 @@ def page(calls: list[dict[str, Any]], lora: str) -> str:
         rows.append(("all", f"{call['seconds']:.0f}", "", f"{call['peak'] / 1e9:.1f}"))
         header = ("part", "seconds", "processor seconds", "peak memory, GB")
         lines += [f"## {title}", markdown_table(header, rows)]
-    lines += ["## The result", f"{lora[0].upper()}{lora[1:]}."]
+    lines += ["## The result", textwrap.fill(f"{lora[0].upper()}{lora[1:]}.", 120)]
     return "\n\n".join(lines) + "\n"
 
 
