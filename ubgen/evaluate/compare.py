@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ubgen.core.errors import UserError
+from ubgen.core.files import atomic_write
 from ubgen.core.stage import read_manifest
 from ubgen.dataset.text import plain
+from ubgen.evaluate.curves import draw_curves
 from ubgen.evaluate.results import Figure, Result, all_stored, predictions
 from ubgen.evaluate.tables import AVERAGE, TITLES, Grid, grids
 from ubgen.measures.intervals import resampled_means
@@ -210,3 +212,20 @@ def _names(outs: Sequence[Path]) -> list[str]:
     """The directories' names; whole paths where two are the same."""
     names = [out.resolve().name for out in outs]
     return names if len(set(names)) == len(names) else [str(out) for out in outs]
+
+
+def write_comparison(out: Path, outs: Sequence[Path], grids: Sequence[Grid]) -> list[Path]:
+    """compare.md, and fewshot.png where there are few-shot results, into the directory `out`; returns their paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = [out / "compare.md"]
+    atomic_write(written[0], "\n".join(grid.markdown() for grid in grids))
+    outs = [path for path in outs if path.is_dir()]
+    few = {
+        name: found
+        for name, path in zip(_names(outs), outs, strict=True)
+        if (found := [result for result in all_stored(path) if result.evaluation == "fewshot"])
+    }
+    if few:
+        written.append(out / "fewshot.png")
+        draw_curves(few, written[1])
+    return written

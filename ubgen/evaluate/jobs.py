@@ -54,7 +54,7 @@ def run_jobs(
 ) -> list[Result]:
     """Do what is not done yet, one job after another; returns the results of all `jobs`.
 
-    `out` belongs to one backbone, whose description `backbone` tells it from others ("identity" is compared), and takes
+    `out` belongs to one `backbone`, whose "identity" and "precision" tell it from others, and takes
     in the results of any number of commands. A job that is there with other settings is a UserError, unless `overwrite`
     does it again. `write_tables` gets all results of the directory at the end.
     """
@@ -85,7 +85,7 @@ def _stage(out: Path, backbone: Mapping[str, Any], overwrite: bool) -> Stage:
     """With `overwrite`, another backbone's directory is cleared; this one's only gets its jobs done again."""
 
     def of(overwrite: bool) -> Stage:
-        identity = {"backbone": backbone["identity"]}
+        identity = {"backbone": backbone["identity"], "precision": backbone["precision"]}
         return Stage(
             out,
             "eval",

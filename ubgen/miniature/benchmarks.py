@@ -11,6 +11,7 @@
 | in9 | the backgrounds challenge | `original`, `mixed_same`, `mixed_rand`, `only_fg` |
 | coco | COCO 2017 | scenes with several objects: boxes, polygons, run lengths |
 | ade20k | ADE20K | such scenes with index masks |
+| benchmarks.json | | which of them `ubgen-eval` takes for what |
 
 The biased world ties each class to a background and a surface texture (`biased_scene`, `biased_texture`). They are the
 context that a backbone may learn in place of the shape, and all three bias benchmarks set them against the shape.
@@ -20,6 +21,7 @@ takes backgrounds from other pictures, depends on their count.
 """
 
 import io
+import json
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -255,6 +257,7 @@ def _datasets() -> list[Dataset]:
 
 
 DATASETS = _datasets()
+SUITE = "benchmarks.json"
 
 
 @dataclass(frozen=True)
@@ -280,7 +283,8 @@ def write(config: WriteConfig, console: Console | None = None) -> None:
     console = console or Console(stderr=True)
     names = sorted({dataset.name.partition("/")[0] for dataset in DATASETS})
     identity = {"seed": config.seed, "scale": config.scale}
-    stage = Stage(config.out, "benchmarks", identity, to_dict(config), owns=names, overwrite=None)
+    owns = (*names, SUITE)
+    stage = Stage(config.out, "benchmarks", identity, to_dict(config), owns=owns, overwrite=None)
     with stage.hold():
         if stage.state == "finished":
             console.print(f"{config.out} holds these benchmarks already", highlight=False, markup=False)
@@ -294,8 +298,18 @@ def write(config: WriteConfig, console: Console | None = None) -> None:
                     _save(stage.path / dataset.name / name, content)
                     done += isinstance(content, np.ndarray) and "annotations" not in name
                     report(done, total, dataset.name)
+        (stage.path / SUITE).write_text(json.dumps(_suite(), indent=1) + "\n", encoding="utf-8")
         stage.finish({}, datasets=names)
     console.print(facts(str(config.out), {name: _describe(stage.path / name) for name in names}))
+
+
+def _suite() -> dict[str, list[str]]:
+    """What `ubgen-eval` takes where --datasets is not given."""
+    return {
+        "transfer": [task.name for task in tasks.TASKS],
+        "bias": ["cue-conflict", "focus", "in9"],
+        "val": ["val-fair", "val-biased"],
+    }
 
 
 def _save(path: Path, content: np.ndarray | bytes) -> None:

@@ -28,7 +28,9 @@ finally:
 """
 
 
-@pytest.mark.parametrize("command", ["bench", "dataset", "doctor", "export", "pretrain", "synth", "train"])
+@pytest.mark.parametrize(
+    "command", ["bench", "dataset", "doctor", "eval", "export", "pretrain", "synth", "train"]
+)
 def test_help_imports_nothing_heavy(command: str) -> None:
     answer = subprocess.run(
         [sys.executable, "-c", PROGRAM, command], capture_output=True, text=True, check=False

@@ -39,7 +39,7 @@ def write(out: Path, *results: Result, identity: str = "a") -> Path:
     run_jobs(
         jobs,
         out,
-        {"identity": identity},
+        {"identity": identity, "precision": "no"},
         write_tables=lambda out, found: write_tables(out / "results.md", {"x": found}),
     )
     return out

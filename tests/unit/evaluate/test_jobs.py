@@ -12,7 +12,7 @@ from ubgen.core.errors import UserError
 from ubgen.evaluate.jobs import Job, run_jobs
 from ubgen.evaluate.results import Figure, Result, all_stored, predictions
 
-BACKBONE = {"identity": "sha256:aa", "name": "one"}
+BACKBONE = {"identity": "sha256:aa", "precision": "no", "name": "one"}
 
 
 def result(dataset: str, correct: Sequence[bool] = (True, False)) -> Result:
