@@ -47,7 +47,10 @@ def everything(run: Run, data: Split, seeds: int | None = None, trials: int = 30
         trials: Values of C that are tried in each of their searches.
     """
     options: Any = {"trials": trials} if seeds is None else {"trials": trials, "seeds": seeds}
-    probes = {"transfer_settings": TransferSettings(**options), "fewshot_settings": FewShotSettings(**options)}
+    probes = {
+        "transfer_settings": TransferSettings(**options),
+        "fewshot_settings": FewShotSettings(**options),
+    }
     _evaluate(["val", "transfer", "fewshot", "bias"], run, probing=data, **probes)
 
 

@@ -186,7 +186,7 @@ def _jobs(
         yield Job("fewshot", name, _identity(fewshot_settings, probing, opened[name]), _reporting(few))
     for name, data in benchmarks.items():
         judge = partial(BENCHMARKS[name].evaluate, backbone, data, **how)
-        yield Job("bias", name, {"data": data.images.fingerprint()}, _reporting(judge))
+        yield Job("bias", name, {"data": data.fingerprint()}, _reporting(judge))
 
 
 def _identity(settings: TransferSettings, probing: Probing, data: TransferData) -> dict[str, Any]:

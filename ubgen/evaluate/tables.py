@@ -57,6 +57,8 @@ def grids(results: Mapping[str, Sequence[Result]]) -> list[Grid]:
         of_kind = {row: [r for r in each if r.evaluation == evaluation] for row, each in results.items()}
         if any(of_kind.values()):
             found.append(_measured(evaluation, title, of_kind))
+            if evaluation == "bias":
+                found.append(_counts(of_kind))
             found.extend(_papers(evaluation, {r.dataset for each in of_kind.values() for r in each}))
     return found
 
@@ -66,6 +68,17 @@ def _measured(evaluation: str, title: str, results: Mapping[str, Sequence[Result
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
     rows = [[plain(row), *(cells[row].get(column, "") for column in columns)] for row in cells]
     return Grid(title, ["backbone", *columns], rows, "In percent, with 95 % intervals.")
+
+
+def _counts(results: Mapping[str, Sequence[Result]]) -> Grid:
+    """What the figures of bias are made from: decisions by shape and by texture, sizes of partitions."""
+    cells = {
+        row: {f"{r.dataset} {k}": f"{v:,}" for r in each for k, v in r.counts.items()}
+        for row, each in results.items()
+    }
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    rows = [[plain(row), *(cells[row].get(column, "") for column in columns)] for row in cells]
+    return Grid("Bias: counts", ["backbone", *columns], rows)
 
 
 def _cells(evaluation: str, results: Sequence[Result]) -> Iterable[tuple[str, str]]:
