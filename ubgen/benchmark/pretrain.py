@@ -1,60 +1,76 @@
 """`ubgen-bench pretrain`: augmented images per second of the loaders, beside timm's, with the same transforms."""
 
+import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-
+from ubgen.benchmark.loaders import OURS, TIMM, sides
 from ubgen.benchmark.machine import describe, machine_record
 from ubgen.benchmark.table import Table, number, write_result
 from ubgen.core.errors import UserError
-from ubgen.core.probes import dali
-from ubgen.dataset import LabelledImages
-from ubgen.loading.augment import posterize
-from ubgen.loading.imageset import ImageSet, open_image_set
-from ubgen.pretrain import Augmentation, training_batches
+from ubgen.core.probes import Probe
+from ubgen.loading.imageset import open_image_set
 
 Say = Callable[[str], None]
-OURS, DALI, TIMM = "threads", "DALI", "timm create_loader"
+_PREFETCHED = 2  # batches for each worker: timm's; the others have fewer
+
+
+class Turn(NamedTuple):
+    """One side in one round."""
+
+    rate: float
+    """Images per second."""
+    cpu: float
+    """Milliseconds of CPU time for an image, over all threads and processes."""
 
 
 @dataclass
 class LoaderBench:
-    """Images per second of each side and number of workers, one figure for each round."""
+    """Figures of each side and number of workers, one for each round."""
 
     settings: dict[str, Any]
     machine: dict[str, Any]
-    rates: dict[str, dict[int, list[float]]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    turns: dict[str, dict[int, list[Turn]]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    """Sides that cannot run here, and why."""
 
     def best(self, side: str) -> tuple[int, float]:
-        """The number of workers with the highest median, and that median."""
-        medians = {workers: statistics.median(rates) for workers, rates in self.rates[side].items()}
+        """The number of workers with the highest median rate, and that median."""
+        medians = {
+            workers: statistics.median(turn.rate for turn in turns)
+            for workers, turns in self.turns[side].items()
+        }
         return max(medians.items(), key=lambda item: item[1])
+
+    def ratios(self, side: str, workers: int) -> list[float]:
+        """The rate over that of timm's loader at its best number of workers, in each round."""
+        base = self.turns[TIMM][self.best(TIMM)[0]]
+        return [turn.rate / other.rate for turn, other in zip(self.turns[side][workers], base, strict=True)]
 
     def cores_needed(self) -> float:
         """Cores like these that feed `gpus` GPUs, each of which takes `batch` images in `step_seconds`."""
         wanted = self.settings["gpus"] * self.settings["batch"] / self.settings["step_seconds"]
-        return wanted * self.machine["cores"] / self.best(OURS)[1]
+        cpu = statistics.median(turn.cpu for turn in self.turns[OURS][self.best(OURS)[0]])
+        return wanted * cpu / 1000
 
     def tables(self) -> list[Table]:
-        speed = Table(
-            f"Loaders, {self.settings['image_size']} pixels, whole recipe: {describe(self.machine)}",
-            ["loader", "workers", "images/s", "lowest", "highest", f"against {TIMM}"],
-            text_columns=1,
-            note="\n".join(self.notes),
-        )
-        base = self.best(TIMM)[1]
-        for side, by_workers in self.rates.items():
-            for workers, rates in by_workers.items():
-                median = statistics.median(rates)
-                figures = [number(value) for value in (median, min(rates), max(rates))]
-                speed.rows.append([side, str(workers), *figures, f"{median / base:.2f}"])
+        columns = ["loader", "workers", "images/s", "CPU ms an image", f"against {TIMM}", "lowest", "highest"]
+        title = f"Loaders, {self.settings['image_size']} pixels, whole recipe: {describe(self.machine)}"
+        speed = Table(title, columns, text_columns=1, note=self._note())
+        for side, by_workers in self.turns.items():
+            for workers, turns in by_workers.items():
+                rate, cpu = (statistics.median(values) for values in zip(*turns, strict=True))
+                ratios = self.ratios(side, workers)
+                shown = [f"{value:.2f}" for value in (statistics.median(ratios), min(ratios), max(ratios))]
+                speed.rows.append([side, str(workers), number(rate), number(cpu), *shown])
+        speed.rows += [[side, reason, "", "", "", "", ""] for side, reason in self.missing.items()]
         need = Table(
             "Cores that the loader on threads needs", ["GPUs", "batch of each", "seconds per step", "cores"]
         )
@@ -63,15 +79,26 @@ class LoaderBench:
         need.rows.append([*cells, number(self.cores_needed())])
         return [speed, need]
 
+    def _note(self) -> str:
+        return (
+            f"{self.settings['rounds']} rounds of {self.settings['batches']} batches of {self.settings['batch']}, "
+            "in turns; medians. Ratios are those of each round to timm's loader at its best number of workers: "
+            "median, lowest, highest. Workers are threads, with timm processes.\n"
+            "timm posterises to 0 bits as the others do: with Pillow 13 it would stop there."
+        )
+
     def write(self, out: Path) -> None:
-        """pretrain.json and pretrain.md."""
+        """pretrain-loaders.json and pretrain-loaders.md."""
         content = {
             "machine": self.machine,
             "settings": self.settings,
-            "rates": self.rates,
-            "notes": self.notes,
+            "turns": {
+                side: {count: [turn._asdict() for turn in turns] for count, turns in by_workers.items()}
+                for side, by_workers in self.turns.items()
+            },
+            "missing": self.missing,
         }
-        write_result(out, "pretrain", content, self.tables())
+        write_result(out, "pretrain-loaders", content, self.tables())
 
 
 def bench_pretrain(
@@ -79,9 +106,9 @@ def bench_pretrain(
     *,
     image_size: int = 224,
     batch: int = 64,
-    batches: int = 10,
+    batches: int = 20,
     workers: Sequence[int] = (1, 2, 4),
-    rounds: int = 3,
+    rounds: int = 5,
     gpus: int = 8,
     step_seconds: float = 0.1,
     say: Say = lambda line: None,
@@ -94,6 +121,7 @@ def bench_pretrain(
         )
     settings = {
         "data": str(training.store),
+        "images": len(training),
         "image_size": image_size,
         "batch": batch,
         "batches": batches,
@@ -102,79 +130,42 @@ def bench_pretrain(
         "step_seconds": step_seconds,
     }
     result = LoaderBench(settings, machine_record())
-    sides: dict[str, Callable[[int, int], Iterable[int]]] = {
-        OURS: lambda count, epoch: _ours(training, "threads", image_size, batch, count, epoch),
-        TIMM: lambda count, epoch: _timm(training, image_size, batch, count),
-    }
-    if dali().available:
-        sides[DALI] = lambda count, epoch: _ours(training, "dali", image_size, batch, count, epoch)
-    else:
-        result.notes.append(f"No DALI: {dali().detail}")
-    result.notes.append("timm posterises to 0 bits as the others do: with Pillow 13 it would stop there.")
-    result.rates = {side: {count: [] for count in workers} for side in sides}
+    found = sides()
+    result.missing = {name: side.detail for name, side in found.items() if isinstance(side, Probe)}
+    able = {name: side for name, side in found.items() if not isinstance(side, Probe)}
+    result.turns = {name: {count: [] for count in workers} for name in able}
     for turn in range(rounds + 1):
         for count in workers:
-            for side, start in sides.items():
-                say(f"round {turn} of {rounds}: {side}, {count} workers")
-                rate = _rate(start(count, turn), batches)
+            for name, side in _rotated(able, turn).items():
+                say(f"round {turn} of {rounds}: {name}, {count} workers")
+                measured = _measure(side(training, image_size, batch, count, turn), batches, count)
                 if turn:
-                    result.rates[side][count].append(rate)
+                    result.turns[name][count].append(measured)
     return result
 
 
-def _rate(sizes: Iterable[int], batches: int) -> float:
-    """Images per second after the first batch, with which the loader starts."""
-    iterator = iter(sizes)
-    next(iterator)
-    begun = time.perf_counter()
-    images = sum(islice(iterator, batches))
-    return images / (time.perf_counter() - begun)
+def _rotated(found: Mapping[str, Any], turn: int) -> dict[str, Any]:
+    """Another side begins in each round."""
+    names = list(found)
+    start = turn % len(names)
+    return {name: found[name] for name in names[start:] + names[:start]}
 
 
-def _ours(
-    training: ImageSet, loader: Any, image_size: int, batch: int, count: int, epoch: int
-) -> Iterable[int]:
-    options = {"batch_size": batch, "image_size": image_size, "threads": count, "loader": loader}
-    while True:  # a small dataset is shown again
-        for loaded in training_batches(training, epoch=epoch, **options):
-            yield len(loaded["labels"])
+def _measure(sizes: Iterator[int], batches: int, workers: int) -> Turn:
+    """From when the batches that are loaded ahead are used up."""
+    with closing(sizes):  # type: ignore[type-var]  # all are generators
+        for _ in islice(sizes, 1 + _PREFETCHED * workers):
+            pass
+        begun, used = time.perf_counter(), _cpu_seconds()
+        images = sum(islice(sizes, batches))
+        seconds, used = time.perf_counter() - begun, _cpu_seconds() - used
+    return Turn(images / seconds, 1000 * used / images)
 
 
-def _timm(training: ImageSet, image_size: int, batch: int, count: int) -> Iterable[int]:
-    from timm.data import create_loader
-
-    recipe = Augmentation()
-    loader = create_loader(
-        _dataset(training),
-        (3, image_size, image_size),
-        batch,
-        is_training=True,
-        use_prefetcher=False,
-        re_prob=recipe.erasing,
-        re_mode="pixel",
-        auto_augment=recipe.rand_augment,
-        color_jitter=None,
-        interpolation="bicubic",
-        num_workers=count,
-        persistent_workers=False,
-        device=torch.device("cpu"),
-    )
-    for step in loader.dataset.transform.transforms:
-        for operation in getattr(step, "ops", ()):
-            if operation.name.startswith("Posterize"):
-                operation.aug_fn = posterize
-    while True:
-        for images, _ in loader:
-            yield len(images)
-
-
-def _dataset(training: ImageSet) -> Any:
-    if training.kind == "shards":
-        return LabelledImages(training.store)
-    if training.kind == "folders":
-        from torchvision.datasets import ImageFolder
-
-        return ImageFolder(str(training.store))
-    raise UserError(
-        f"{training.store}: timm reads no such tars by index; give a dataset of ubgen or an image folder"
-    )
+def _cpu_seconds() -> float:
+    """Of this process's threads, and of its children that run."""
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total

@@ -121,27 +121,28 @@ def pretrain(
     data: str,
     image_size: int = 224,
     batch: int = 64,
-    batches: int = 10,
+    batches: int = 20,
     workers: tuple[int, ...] = (1, 2, 4),
-    rounds: int = 3,
+    rounds: int = 5,
     gpus: int = 8,
     step_seconds: float = 0.1,
     out: Path | None = None,
 ) -> None:
-    """Time the loaders of pre-training on the CPU: threads and DALI beside timm's create_loader, with the same recipe.
+    """Time the loaders of pre-training on the CPU: threads and DALI beside timm's create_loader and SPDL.
 
-    Prints images/s of each, in turns in one process, and the cores that feed --gpus GPUs at a given step.
+    All have the same transforms. Prints images/s and CPU time of each, in turns in one process, and the cores that feed
+    --gpus GPUs at a given step.
 
     Args:
         data: Dataset of ubgen, or image folder.
         image_size: Side of the network's input.
         batch: Images of a batch.
-        batches: Batches that are timed in each round, after one that is not.
+        batches: Batches that are timed in each round, after those that were loaded ahead.
         workers: Numbers of threads, or of timm's processes, to try.
         rounds: How often each side runs, after one round that does not count. Medians are shown.
         gpus: GPUs to feed.
         step_seconds: Time in which one GPU takes a batch.
-        out: Directory for pretrain.json and pretrain.md; without it the tables are only shown.
+        out: Directory for pretrain-loaders.json and pretrain-loaders.md; without it the tables are only shown.
     """
     from ubgen.benchmark import bench_pretrain
 

@@ -237,6 +237,17 @@ def require_dali() -> None:
         raise UserError(f"--loader dali: {probe.detail}; {install_extra('dali')}")
 
 
+def spdl() -> Probe:
+    """SPDL, a peer in `ubgen-bench pretrain`; it needs FFmpeg's shared libraries."""
+    if not _installed("spdl.io"):
+        return Probe("spdl", False, "not installed; pip install -c constraints.txt spdl")
+    try:
+        importlib.import_module("spdl.io").demux_config()
+    except Exception as error:
+        return Probe("spdl", False, f"installed, but it does not run: {first_line(error)[:100]}")
+    return Probe("spdl", True, metadata.version("spdl"))
+
+
 def ray() -> Probe:
     """Ray, for synthesis on several machines."""
     return _package("ray", "ray", "ray")

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 from ubgen.core.errors import UserError
-from ubgen.loading.decode import MEAN, Draw, decode, image_size, normalised
+from ubgen.loading.decode import MEAN, Draw, decode, decode_jpeg, image_size, normalised
 from ubgen.loading.settings import Augmentation
 
 
@@ -166,17 +167,15 @@ class TrainingTransform:
         return Draw(box, (self.size, self.size), flip, operations, record.erased)
 
     def _crop(self, data: bytes) -> Image.Image:
-        size, form = (self.size, self.size), Image.Resampling.BICUBIC
         full = image_size(data)
         pixels = decode(data) if full is None else None
         full = full or pixels.shape[:2]  # type: ignore[union-attr]
         top, left, height, width = self.box(*full)
         if pixels is None:
             # scaled down so far, the crop still has `size` pixels each way
-            pixels = decode(data, math.ceil(self.size * min(full) / max(1, min(height, width))))
+            pixels = decode_jpeg(data, full, math.ceil(self.size * min(full) / max(1, min(height, width))))
         if pixels.shape[:2] == full:
-            crop = pixels[top : top + height, left : left + width]
-            return Image.fromarray(np.ascontiguousarray(crop)).resize(size, form)
+            return Image.fromarray(resized(pixels[top : top + height, left : left + width], self.size))
         y, x = pixels.shape[0] / full[0], pixels.shape[1] / full[1]
         box = (
             left * x,
@@ -184,7 +183,7 @@ class TrainingTransform:
             min((left + width) * x, pixels.shape[1]),
             min((top + height) * y, pixels.shape[0]),
         )
-        return Image.fromarray(pixels).resize(size, form, box=box)
+        return Image.fromarray(pixels).resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
         """A random crop: top, left, height, width."""
@@ -193,6 +192,13 @@ class TrainingTransform:
         return _crops.RandomResizedCropAndInterpolation.get_params(
             frame, settings.crop_area, settings.crop_aspect
         )
+
+
+def resized(pixels_HW3: np.ndarray, size: int) -> np.ndarray:
+    """(size, size, 3) uint8, bicubic, antialiased: four times as fast as Pillow; within 2 levels, on noise more."""
+    image = torch.from_numpy(np.require(pixels_HW3, requirements=("C", "W"))).permute(2, 0, 1)[None]
+    found = F.interpolate(image, size=(size, size), mode="bicubic", antialias=True)
+    return found[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def _listed(name: str, before: tuple[tuple[str, float], ...], *arguments: float, **_: Any) -> Any:

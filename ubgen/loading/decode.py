@@ -34,6 +34,11 @@ def decode(data: bytes, shrink_to: int = 0, *, strict: bool = True) -> np.ndarra
     """
     if (size := image_size(data)) is None:
         return _decode_by_pillow(data)
+    return decode_jpeg(data, size, shrink_to, strict=strict)
+
+
+def decode_jpeg(data: bytes, size: tuple[int, int], shrink_to: int = 0, *, strict: bool = True) -> np.ndarray:
+    """`decode`, where `image_size` gave `size`."""
     height, width = size
     scale = _scale(height, width, shrink_to)
     smallest = {"min_height": -(-height // scale), "min_width": -(-width // scale), "min_factor": scale}
@@ -134,8 +139,12 @@ class EvaluationTransform:
 def normalised(image: Image.Image, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> np.ndarray:
     """3HW float32: (value / 255 - mean) / standard deviation, for each channel."""
     shift, factor = np.array(mean, np.float32) * 255, 1 / (np.array(std, np.float32) * 255)
-    pixels = np.asarray(image, np.float32)
-    return np.ascontiguousarray(((pixels - shift) * factor).transpose(2, 0, 1))
+    pixels = np.asarray(image)
+    found = np.empty((3, *pixels.shape[:2]), np.float32)
+    for c in range(3):  # several times faster than all channels at once
+        np.subtract(pixels[..., c], shift[c], out=found[c], dtype=np.float32)
+        found[c] *= factor[c]
+    return found
 
 
 def broken(where: str, error: BaseException) -> BrokenSample:

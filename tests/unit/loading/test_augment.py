@@ -17,7 +17,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from ubgen.loading import augment
 from ubgen.loading.augment import TrainingTransform
-from ubgen.loading.decode import EvaluationTransform, decode
+from ubgen.loading.decode import MEAN, STD, EvaluationTransform, decode
 from ubgen.loading.settings import Augmentation
 
 PLAIN = Augmentation(flip=0.0, rand_augment="", erasing=0.0)
@@ -181,14 +181,30 @@ def test_evaluation_is_timms_pixel_for_pixel(make: SimpleNamespace, interpolatio
     assert np.abs(EvaluationTransform(size)(data) - expected.numpy()).max() < 1e-5
 
 
-def test_a_crop_without_chance_is_timms_pixel_for_pixel(make: SimpleNamespace) -> None:
-    data = make.encoded(make.picture(2, 120, 120))
-    whole = Augmentation(crop_area=(1, 1), crop_aspect=(1, 1), flip=0, rand_augment="", erasing=0)
-    reference = create_transform(
-        80, is_training=True, scale=(1, 1), ratio=(1, 1), hflip=0, color_jitter=None, interpolation="bicubic"
-    )
-    expected = reference(Image.open(BytesIO(data)).convert("RGB"))
-    assert np.abs(TrainingTransform(80, whole)(data, 0) - expected.numpy()).max() < 1e-5
+@pytest.mark.parametrize("seed", range(6))
+def test_a_crop_without_chance_is_timms_but_for_rounding(seed: int) -> None:
+    """At most 2 of 255 levels from Pillow's resize, larger and smaller; on white noise half a level on average.
+
+    There, each clips other overshoots between the two passes of the resize.
+    """
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(40, 240, 2)
+    pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+    if seed % 2:
+        pixels = np.asarray(
+            Image.fromarray(pixels[:9, :11]).resize((width, height), Image.Resampling.BICUBIC)
+        )
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    whole = Augmentation(crop_area=(1, 1), crop_aspect=(0.01, 100), flip=0, rand_augment="", erasing=0)
+    transform = TrainingTransform(80, whole)
+    top, left, height, width = transform.draw(pixels.shape[:2], seed).box
+    crop = Image.fromarray(pixels[top : top + height, left : left + width])
+    expected = np.asarray(crop.resize((80, 80), Image.Resampling.BICUBIC), np.float32)
+    levels = transform(buffer.getvalue(), seed) * np.reshape(STD, (3, 1, 1)) + np.reshape(MEAN, (3, 1, 1))
+    difference = np.abs(255 * levels - expected.transpose(2, 0, 1))
+    assert difference.max() < 2.01 or seed % 2 == 0
+    assert difference.mean() < (0.2 if seed % 2 else 0.5)
 
 
 def test_a_reduced_scale_shows_the_same_crop(make: SimpleNamespace) -> None:
