@@ -125,6 +125,11 @@ class Run:
         count = len(classes)
         self.updates = config.max_updates or updates_for(config.epochs, count, self.global_batch)
         self.warmup = warmup_updates(config, count, self.global_batch)
+        if config.losses.class_level and self.warmup * 2 * self.global_batch < 2 * count:
+            raise UserError(
+                "losses.class_mean and class_spread compare images of one class, but the warm-up has fewer than two of "
+                "each; set --discriminator.warmup-epochs to 2 or more"
+            )
         self.checkpoints = out / CHECKPOINTS
         self.done = 0
 

@@ -20,6 +20,16 @@ Change = Callable[..., TrainConfig]
 Write = Callable[[TrainConfig, Path], Path]
 
 
+def test_a_warmup_too_short_for_the_class_level_terms(
+    config: TrainConfig, change: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """4 images of 5 classes; nothing is written."""
+    short = change(change(config, "losses", class_mean=1.0), "discriminator", warmup_updates=1)
+    with pytest.raises(UserError, match=r"fewer than two of each; set --discriminator\.warmup-epochs"):
+        train(short, tmp_path / "run")
+    assert not (tmp_path / "run" / "classes.txt").exists()
+
+
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
     config: TrainConfig, change: Change, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:

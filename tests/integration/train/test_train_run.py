@@ -53,8 +53,9 @@ def test_our_own_terms_have_their_weights(config: TrainConfig, change: Change, t
     """Without the discriminator there is a warm-up all the same: it measures the base generator."""
     weights = {"class_mean": 3.0, "class_spread": 2.0, "trust": 50.0}
     out = tmp_path / "run"
+    config = change(config, "discriminator", warmup_updates=3)
     train(change(config, "losses", entire=0.0, class_queue=3, **weights), out)
-    warm, rows = metrics(out)[:2], metrics(out)[2:]
+    warm, rows = metrics(out)[:3], metrics(out)[3:]
     assert 0 < warm[-1]["class_variance_held"] <= 1
     assert "discriminator_loss" not in warm[0]
     assert not (out / "discriminator.safetensors").exists()
