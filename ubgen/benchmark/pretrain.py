@@ -5,8 +5,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,10 +50,13 @@ class LoaderBench:
         }
         return max(medians.items(), key=lambda item: item[1])
 
-    def ratios(self, side: str, workers: int) -> list[float]:
-        """The rate over that of timm's loader at its best number of workers, in each round."""
+    def ratios(self, side: str, workers: int) -> list[Turn]:
+        """How much better than timm's loader at its best number of workers, in each round: above 1 is quicker."""
         base = self.turns[TIMM][self.best(TIMM)[0]]
-        return [turn.rate / other.rate for turn, other in zip(self.turns[side][workers], base, strict=True)]
+        return [
+            Turn(turn.rate / other.rate, other.cpu / turn.cpu)
+            for turn, other in zip(self.turns[side][workers], base, strict=True)
+        ]
 
     def cores_needed(self) -> float:
         """Cores like these that feed `gpus` GPUs, each of which takes `batch` images in `step_seconds`."""
@@ -61,16 +65,15 @@ class LoaderBench:
         return wanted * cpu / 1000
 
     def tables(self) -> list[Table]:
-        columns = ["loader", "workers", "images/s", "CPU ms an image", f"against {TIMM}", "lowest", "highest"]
+        columns = ["loader", "workers", "images/s", "against timm", "CPU ms an image", "against timm"]
         title = f"Loaders, {self.settings['image_size']} pixels, whole recipe: {describe(self.machine)}"
         speed = Table(title, columns, text_columns=1, note=self._note())
         for side, by_workers in self.turns.items():
             for workers, turns in by_workers.items():
                 rate, cpu = (statistics.median(values) for values in zip(*turns, strict=True))
-                ratios = self.ratios(side, workers)
-                shown = [f"{value:.2f}" for value in (statistics.median(ratios), min(ratios), max(ratios))]
-                speed.rows.append([side, str(workers), number(rate), number(cpu), *shown])
-        speed.rows += [[side, reason, "", "", "", "", ""] for side, reason in self.missing.items()]
+                rates, cpus = (_spread(values) for values in zip(*self.ratios(side, workers), strict=True))
+                speed.rows.append([side, str(workers), number(rate), rates, number(cpu), cpus])
+        speed.rows += [[side, reason, "", "", "", ""] for side, reason in self.missing.items()]
         need = Table(
             "Cores that the loader on threads needs", ["GPUs", "batch of each", "seconds per step", "cores"]
         )
@@ -82,9 +85,11 @@ class LoaderBench:
     def _note(self) -> str:
         return (
             f"{self.settings['rounds']} rounds of {self.settings['batches']} batches of {self.settings['batch']}, "
-            "in turns; medians. Ratios are those of each round to timm's loader at its best number of workers: "
-            "median, lowest, highest. Workers are threads, with timm processes.\n"
-            "timm posterises to 0 bits as the others do: with Pillow 13 it would stop there."
+            "in turns; medians. Against timm: how many times as many images, and how many times less CPU time, as its "
+            "loader at its best number of workers in the same round; median, and lowest to highest. Workers are "
+            "threads, with timm processes.\n"
+            "timm posterises to 0 bits as the others do: with Pillow 13 it would stop there.\n"
+            f"Versions: {', '.join(f'{name} {version}' for name, version in self.settings['versions'].items())}."
         )
 
     def write(self, out: Path) -> None:
@@ -128,6 +133,7 @@ def bench_pretrain(
         "rounds": rounds,
         "gpus": gpus,
         "step_seconds": step_seconds,
+        "versions": _versions(),
     }
     result = LoaderBench(settings, machine_record())
     found = sides()
@@ -142,6 +148,18 @@ def bench_pretrain(
                 if turn:
                     result.turns[name][count].append(measured)
     return result
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("timm", "torchvision", "pillow", "simplejpeg", "nvidia-dali-cuda130", "spdl"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def _rotated(found: Mapping[str, Any], turn: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def test_every_loader_is_measured(tmp_path: Path) -> None:
         (turns,) = result.turns[side].values()
         assert len(turns) == len(result.ratios(side, 1)) == 2
         assert all(turn.rate > 0 and turn.cpu > 0 for turn in turns)
-    assert result.ratios("timm create_loader", 1) == [1, 1]
+    assert result.ratios("timm create_loader", 1) == [(1, 1), (1, 1)]
     workers, rate = result.best("threads")
     assert workers == 1
     assert rate == statistics.median(turn.rate for turn in result.turns["threads"][1])
