@@ -12,7 +12,7 @@ from ubgen.core.files import atomic_write
 from ubgen.core.stage import read_manifest
 from ubgen.dataset.text import plain
 from ubgen.evaluate.curves import draw_curves
-from ubgen.evaluate.results import Figure, Result, all_stored, predictions
+from ubgen.evaluate.results import WITHOUT_PREDICTIONS, Figure, Result, all_stored, predictions
 from ubgen.evaluate.tables import AVERAGE, TITLES, Grid, grids
 from ubgen.measures.intervals import resampled_means
 
@@ -159,7 +159,7 @@ def differences(first: Path, second: Path) -> list[Difference]:
 def _differences(first: Path, second: Path) -> Iterator[Difference]:
     there = {result.name: result for result in all_stored(second)}
     for number, result in enumerate(all_stored(first)):
-        if result.name not in there:
+        if result.name not in there or result.evaluation in WITHOUT_PREDICTIONS:
             continue
         ours, theirs = (units(result, predictions(out, result.name)) for out in (first, second))
         for part in ours:

@@ -25,7 +25,8 @@ from ubgen.evaluate.results import (
 )
 
 RESULTS, TABLES, FEATURES = "results.json", "results.md", "features"
-_OWN = (FIGURES, PREDICTIONS, SPLITS, FEATURES, RESULTS, TABLES, "*.png")
+TRAINING = "training"  # of detection and segmentation: a directory for each seed
+_OWN = (FIGURES, PREDICTIONS, SPLITS, FEATURES, TRAINING, RESULTS, TABLES, "*.png")
 
 
 @dataclass(frozen=True)

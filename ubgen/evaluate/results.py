@@ -14,6 +14,7 @@ from ubgen.core.errors import UserError, first_line
 from ubgen.core.files import atomic_write, replacing
 
 FIGURES, PREDICTIONS, SPLITS = "figures", "predictions", "splits"  # directories of an evaluation's output
+WITHOUT_PREDICTIONS = ("detect", "segment")  # evaluations whose figures are no means over images
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Result:
     """One evaluation of one backbone on one dataset."""
 
     evaluation: str
-    """ "transfer", "fewshot", "bias" or "val"."""
+    """ "transfer", "fewshot", "bias", "val", "detect" or "segment"."""
     dataset: str
     """Its short name, such as "aircraft" or "cue-conflict"."""
     figures: Mapping[str, Figure]

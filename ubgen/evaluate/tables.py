@@ -23,8 +23,17 @@ TITLES = {
     "transfer": "Transfer: top-1 accuracy of a linear classifier",
     "fewshot": "Few-shot transfer: top-1 accuracy by share of the training images",
     "bias": "Bias",
+    "detect": "Detection: box and mask AP of Mask R-CNN",
+    "segment": "Segmentation: mIoU of UPerNet",
 }
-_PAPER = {"transfer": ("table 1", "table 4"), "bias": ("table 3",), "val": ("table 1", "table 4")}
+_PAPER = {
+    "transfer": ("table 1", "table 4"),
+    "bias": ("table 3",),
+    "val": ("table 1", "table 4"),
+    "detect": ("table 2 detection",),
+    "segment": ("table 2 segmentation",),
+}
+_TRAINED = ("detect", "segment")  # networks are trained for them: the spread is that of the seeds
 _PAPER_NOTE = (
     "As printed. Most of the averages printed for ResNet50 in Table 1 are means over nine columns, the ImageNet one "
     "included; measured averages here are means over the transfer datasets alone."
@@ -67,7 +76,10 @@ def _measured(evaluation: str, title: str, results: Mapping[str, Sequence[Result
     cells = {row: dict(_cells(evaluation, each)) for row, each in results.items()}
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
     rows = [[plain(row), *(cells[row].get(column, "") for column in columns)] for row in cells]
-    return Grid(title, ["backbone", *columns], rows, "In percent, with 95 % intervals.")
+    note = (
+        "In percent, means over the seeds." if evaluation in _TRAINED else "In percent, with 95 % intervals."
+    )
+    return Grid(title, ["backbone", *columns], rows, note)
 
 
 def _counts(results: Mapping[str, Sequence[Result]]) -> Grid:
@@ -106,17 +118,19 @@ def _papers(evaluation: str, datasets: set[str]) -> Iterable[Grid]:
         printed = paper()[name]
         if evaluation == "val":
             columns = [column for column in printed["columns"] if column in datasets]
+        elif evaluation in _TRAINED:
+            columns = printed["columns"] if datasets & set(printed["columns"]) else []
         else:
             columns = [c for c in printed["columns"] if c in datasets or c == AVERAGE]
+        digits = 2 if evaluation in _TRAINED else 1
         if set(columns) - {AVERAGE}:
             rows = [
                 [
                     f"{row['backbone']}, {row['data']}",
-                    *(f"{row['figures'][column]:.1f}" for column in columns),
+                    *(f"{row['figures'][column]:.{digits}f}" for column in columns),
                 ]
                 for row in printed["rows"]
             ]
-            note = _PAPER_NOTE if name == "table 1" and AVERAGE in columns else "As printed."
             note = _PAPER_NOTE if name == "table 1" and AVERAGE in columns else "As printed."
             title = f"The paper's figures, not measured here: {printed['title']}"
             yield Grid(title, ["backbone", *columns], rows, note)
@@ -124,7 +138,7 @@ def _papers(evaluation: str, datasets: set[str]) -> Iterable[Grid]:
 
 @cache
 def paper() -> dict[str, Any]:
-    """The paper's Tables 1, 3 and 4, in percent."""
+    """The paper's Tables 1 to 4, in percent."""
     tables: dict[str, Any] = json.loads(files("ubgen").joinpath("data", "paper.json").read_text())
     return tables
 

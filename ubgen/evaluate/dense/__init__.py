@@ -1,0 +1,1 @@
+"""Detection (Mask R-CNN on COCO) and segmentation (UPerNet on ADE20K) on top of a backbone: the paper's Table 2."""
