@@ -11,6 +11,7 @@ HEAVY = {
     "transformers",
     "onnx",
     "onnxruntime",
+    "jinja2",
     "matplotlib",
     "ray",
     "open_clip",
@@ -29,7 +30,7 @@ finally:
 
 
 @pytest.mark.parametrize(
-    "command", ["bench", "dataset", "doctor", "eval", "export", "pretrain", "synth", "train"]
+    "command", ["bench", "dataset", "doctor", "eval", "export", "pretrain", "report", "synth", "train"]
 )
 def test_help_imports_nothing_heavy(command: str) -> None:
     answer = subprocess.run(

@@ -1,0 +1,110 @@
+"""The page: sections from directories, pictures within a limit, and the template."""
+
+import base64
+import hashlib
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ubgen import __version__
+from ubgen.core.errors import UserError
+from ubgen.core.files import atomic_write
+from ubgen.report.dataset import datasets
+from ubgen.report.directories import Found, find
+from ubgen.report.engine import engines
+from ubgen.report.evaluation import evaluations
+from ubgen.report.measures import measures
+from ubgen.report.overview import overview
+from ubgen.report.parts import Part, Picture, Row, Section
+from ubgen.report.training import fine_tuning, pre_training
+
+_STAGES = {
+    "train": fine_tuning,
+    "export": engines,
+    "synth": datasets,
+    "pretrain": pre_training,
+    "eval": evaluations,
+}
+_ALL_PICTURES, _ONE_PICTURE = 1_500_000, 250_000  # bytes; a third more as text in the page
+_MARK = "<!-- made by ubgen-report -->"
+
+
+def write_report(paths: Sequence[Path], out: Path, title: str) -> Found:
+    """Write the report on `paths` to the file `out`; returns what was found there.
+
+    An earlier report is replaced. UserError if `out` cannot be written or is another file, a path does not exist, or
+    none of them is a finished stage directory.
+    """
+    _check(out)
+    found = find(paths)
+    atomic_write(out, render(found, title))
+    return found
+
+
+def _check(out: Path) -> None:
+    if out.is_dir() or not out.resolve().parent.is_dir():
+        raise UserError(f"--out {out}: expected a file to write, in a directory that exists")
+    if out.exists():
+        with out.open("rb") as file:
+            if _MARK.encode() not in file.read(200):
+                raise UserError(f"--out {out} exists and is not a report; choose another --out, or remove it")
+
+
+def render(found: Found, title: str) -> str:
+    """The whole page as HTML, which needs no other file."""
+    sections = [overview(found)]
+    for stage, write in _STAGES.items():
+        if directories := found.of(stage):
+            sections.append(write(directories))
+        if stage == "synth" and found.stats:
+            sections.append(measures(found.stats))
+    pictures = sum(isinstance(part, Picture) for part in _all_parts(sections))
+    limit = min(_ONE_PICTURE, _ALL_PICTURES // max(1, pictures))
+    script = _asset("page.js")
+    environment = Environment(
+        loader=PackageLoader("ubgen.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(
+        mark=Markup(_MARK),
+        title=title,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+        sections=[_with_encoded(section, limit) for section in sections],
+        style=Markup(_asset("page.css")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _asset(name: str) -> str:
+    return files("ubgen.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _all_parts(sections: Sequence[Section]) -> Iterator[Part]:
+    for section in sections:
+        for part in section.parts:
+            yield from part.parts if isinstance(part, Row) else (part,)
+        yield from _all_parts(section.sections)
+
+
+def _with_encoded(section: Section, limit: int) -> Section:
+    return Section(
+        section.title,
+        [_encoded(part, limit) for part in section.parts],
+        [_with_encoded(inner, limit) for inner in section.sections],
+    )
+
+
+def _encoded(part: Any, limit: int) -> Any:
+    if isinstance(part, Picture):
+        return part.encoded(limit)
+    return Row([_encoded(inner, limit) for inner in part.parts]) if isinstance(part, Row) else part
