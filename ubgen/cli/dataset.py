@@ -99,6 +99,45 @@ def stats(
         console.print(f"stats.json and {len(pictures)} pictures in {out}", highlight=False, markup=False)
 
 
+def features(
+    dataset: tyro.conf.Positional[str],
+    out: Path,
+    clip: Path | None = None,
+    encoder: str | None = None,
+    classes: str | None = None,
+    cache: Path | None = None,
+    batch_size: int = 128,
+    device: str = "auto",
+) -> None:
+    """Features of every image, for `ubgen-dataset stats --features`. Run again, it continues where it stopped.
+
+    Args:
+        dataset: A ubgen dataset, an image folder, or WebDataset tars from anywhere.
+        out: File to write, .npy; a .json beside it says of which images and by which encoder.
+        clip: Directory of a CLIP (open_clip or transformers).
+        encoder: Or another network: timm:NAME@FILE, or a directory of ubgen-pretrain.
+        classes: Class list of tars that bring none.
+        cache: Directory that keeps what is computed, for later runs too; OUT.parts, until OUT is written, if not given.
+        batch_size: Images that are computed together.
+        device: cpu, cuda or cuda:N; a GPU if there is one.
+    """
+    from ubgen.evaluate.dataset_features import compute_features  # with torch
+
+    with progress(Console(stderr=True), "features", "images") as report:
+        note = compute_features(
+            dataset,
+            out,
+            clip=clip,
+            encoder=encoder,
+            classes=classes,
+            cache=cache,
+            batch_size=batch_size,
+            device=device,
+            report=report,
+        )
+    print(f"{note.images} x {note.dim} features by {note.encoder} in {out}")
+
+
 def diff(
     a: tyro.conf.Positional[str],
     b: tyro.conf.Positional[str],
@@ -174,6 +213,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "verify": verify,
     "stats": stats,
+    "features": features,
     "diff": diff,
     "audit": audit,
 }
@@ -260,7 +300,7 @@ def main() -> None:
     about = "Look at a dataset, check it, compare it, and write it in other layouts."
     run(
         lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ubgen-dataset", description=about),
-        resumes=sys.argv[1:2] == ["convert"],
+        resumes=sys.argv[1:2] in (["convert"], ["features"]),
     )
 
 
