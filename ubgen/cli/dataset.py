@@ -3,24 +3,21 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from ubgen.cli.dataset_stats import stats
 from ubgen.core.console import Report, facts, progress
 from ubgen.core.errors import UserError, run
-from ubgen.dataset import open_dataset, open_store
 from ubgen.dataset.text import plain, score_titles
 from ubgen.dataset.tools import convert as conversion
 from ubgen.dataset.tools import diff as comparison
 from ubgen.dataset.tools import verify as verification
-from ubgen.dataset.tools.pictures import DEFAULT_SHEETS, write_pictures
-from ubgen.dataset.tools.stats import dataset_stats
 
 _DIFFERENT = 1  # exit status of `verify` for a damaged dataset, and of `diff` for different ones
 
@@ -70,33 +67,6 @@ def verify(
     if result.problems:
         deleted = verification.repair(dataset, result) if repair else []
         _fail(_damage(dataset, result, deleted))
-
-
-def stats(
-    dataset: tyro.conf.Positional[str],
-    out: str | None = None,
-    sheets: int | Literal["all"] = DEFAULT_SHEETS,
-) -> None:
-    """Counts, rejections and the distribution of the scores.
-
-    Args:
-        dataset: Directory or URL of a ubgen dataset; an unfinished one is read as far as it got.
-        out: Directory or URL for stats.json, contact sheets and histograms.
-        sheets: Classes that get a contact sheet of their own there: those with the lowest mean score, or "all".
-    """
-    if sheets != "all" and sheets < 0:
-        raise UserError(f"--sheets must be at least 0, or all, not {sheets}")
-    opened = open_dataset(dataset, partial=True)
-    result = dataset_stats(opened)
-    console = Console()
-    console.print(_stats_table(dataset, result))
-    if out is not None:
-        store = open_store(out)
-        if store.local_path:
-            store.local_path.mkdir(parents=True, exist_ok=True)
-        store.write("stats.json", json.dumps(result, indent=1) + "\n")
-        pictures = write_pictures(opened, store, stats=result, sheets=None if sheets == "all" else sheets)
-        console.print(f"stats.json and {len(pictures)} pictures in {out}", highlight=False, markup=False)
 
 
 def features(
@@ -248,24 +218,6 @@ def _damage(dataset: str, result: verification.Verified, deleted: list[str]) -> 
     if deleted:
         return f"{named} damaged; {len(deleted)} files deleted, now run the same ubgen-synth command again"
     return f"{named} damaged; the same ubgen-synth command rebuilds what verify --repair takes away"
-
-
-def _stats_table(dataset: str, result: Mapping[str, Any]) -> Table:
-    counts = result["class_counts"]
-    rejected = ", ".join(f"{plain(reason, 60)} {count:,}" for reason, count in result["rejected"].items())
-    rows = {
-        "images": f"{result['images']:,}",
-        "classes": f"{len(counts):,}, with {min(counts, default=0):,} to {max(counts, default=0):,} images",
-        "kept with a flag": f"{result['flagged']:,}",
-        "rejected": rejected or "0",
-    }
-    for name in result["scores"]:
-        score = result[name]
-        if score["count"]:
-            spread = f"{score['mean']:.4f} ± {score['std']:.4f}"
-            range_ = f"5 % {score['quantiles']['0.05']:.4f}, 95 % {score['quantiles']['0.95']:.4f}"
-            rows[score_titles(name)[0]] = f"{spread} ({range_}; {score['min']:.4f} to {score['max']:.4f})"
-    return facts(plain(dataset), rows)
 
 
 def _diff_table(result: comparison.Difference) -> Table:

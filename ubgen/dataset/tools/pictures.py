@@ -51,7 +51,7 @@ def write_pictures(
     chosen, note = _chosen_classes(stats, sheets)
     places = _first_images(dataset, {*chosen, *range(min(len(dataset.classes), _ROWS))})
     with ThreadPoolExecutor(_READERS) as readers:
-        _write_png(store, SHEET, _overview(dataset, places, readers))
+        write_png(store, SHEET, _overview(dataset, places, readers))
         written = [SHEET, *_write_class_sheets(dataset, store, chosen, places, stats, note, readers)]
     charts = {SCORES: score_figure(stats), THROUGHPUT: throughput_figure(throughput or [])}
     for name, chart in charts.items():
@@ -130,7 +130,7 @@ def _write_class_sheets(
     for label in chosen:
         sheet = _class_sheet(list(_thumbnails(dataset, places[label], readers)))
         _draw_header(sheet, dataset.classes[label], _about(label, stats, note))
-        _write_png(sheets, files[label], sheet)
+        write_png(sheets, files[label], sheet)
         yield f"{SHEETS}/{files[label]}"
 
 
@@ -148,8 +148,15 @@ def _draw_header(sheet: Image.Image, entry: Mapping[str, Any], about: str) -> No
     width = sheet.width - 2 * _GAP
     name = plain(entry["name"])
     title = name if plain(entry["id"]) == name else f"{name}  ({plain(entry['id'], 40)})"
-    draw.text((_GAP, 4), _cut(title, width, 17), fill="black", font=_font(17))
-    draw.text((_GAP, 28), _cut(about, width, 12), fill="#555555", font=_font(12))
+    draw_text(draw, (_GAP, 4), title, width, 17)
+    draw_text(draw, (_GAP, 28), about, width, 12, "#555555")
+
+
+def draw_text(
+    draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, size: int, colour: str = "black"
+) -> None:
+    """One line, cut to `width` pixels."""
+    draw.text(place, _cut(text, width, size), fill=colour, font=_font(size))
 
 
 def _about(label: int, stats: Mapping[str, Any], note: str) -> str:
@@ -163,16 +170,16 @@ def _about(label: int, stats: Mapping[str, Any], note: str) -> str:
 def _thumbnails(
     dataset: ShardDataset, places: Sequence[int], readers: ThreadPoolExecutor
 ) -> Iterator[Image.Image]:
-    def thumbnail(place: int) -> Image.Image:
+    def of_place(place: int) -> Image.Image:
         data, _ = dataset.encoded(place)
         with reading(f"{dataset.store}: image {place}"):
-            return _thumbnail(data)
+            return thumbnail(data)
 
-    return readers.map(thumbnail, places)
+    return readers.map(of_place, places)
 
 
-def _thumbnail(data: bytes) -> Image.Image:
-    """Small images are enlarged without smoothing: their pixels are what there is to see."""
+def thumbnail(data: bytes) -> Image.Image:
+    """96 x 96. Small images are enlarged without smoothing: their pixels are what there is to see."""
     image = Image.open(io.BytesIO(data))
     image.draft("RGB", (_CELL, _CELL))  # JPEG only: decodes no more than is shown
     method = Image.Resampling.NEAREST if image.width < _CELL else Image.Resampling.LANCZOS
@@ -221,7 +228,7 @@ def _draw_lines(sheet: Image.Image, lines: Sequence[str], middle: int) -> None:
         draw.text((_GAP, middle - 8 * len(lines) + 16 * i), line, fill="black", font=_font(13))
 
 
-def _write_png(store: Store, name: str, image: Image.Image) -> None:
+def write_png(store: Store, name: str, image: Image.Image) -> None:
     """Straight to the file: the overview may take 10 MB."""
     mark = PngInfo()
     mark.add_itxt("XML:com.adobe.xmp", XMP)
