@@ -6,6 +6,8 @@
 import hashlib
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -260,6 +262,7 @@ class Stage:
         manifest = {
             "stage": self.name,
             "config": dict(self.config),
+            "command": command_line(),
             "ubgen_version": __version__,
             "versions": library_versions(),
             "device": device_name(),
@@ -320,6 +323,13 @@ def _short(value: Any) -> str:
     if isinstance(value, str) and value.startswith("sha256:"):
         return value[:19] + "…"
     return "absent" if value is None else repr(value)
+
+
+def command_line() -> str | None:
+    """How this process was called, "ubgen-synth --engine runs/engine"; None if it is not one of our commands."""
+    program = Path(sys.argv[0])
+    name = f"ubgen-{program.stem}" if program.parts[-3:-1] == ("ubgen", "cli") else program.name
+    return shlex.join([name, *sys.argv[1:]]) if name.startswith("ubgen-") else None
 
 
 def library_versions() -> dict[str, str]:

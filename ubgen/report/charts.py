@@ -7,6 +7,8 @@ import numpy as np
 from markupsafe import Markup
 
 Points = Sequence[tuple[float, float]]
+Band = Sequence[tuple[float, float, float]]
+"""(x, low, high)"""
 
 _WIDTH, _HEIGHT = 360, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 10, 38
@@ -16,18 +18,30 @@ _COLOURS = 4
 """Classes c0 to c3 of the style sheet."""
 
 
-def lines(label: str, series: Mapping[str, Points], x: str, *, from_zero: bool = False) -> Markup | None:
+def lines(
+    label: str,
+    series: Mapping[str, Points],
+    x: str,
+    *,
+    from_zero: bool = False,
+    bands: Mapping[str, Band] | None = None,
+) -> Markup | None:
     """Curves of values that are finite; None if there is no point. Each point shows its value when pointed at.
 
     Of more than 60 points, neighbours are averaged. `label` is for those who do not see the chart.
+    `bands` lie around the curves of the same names.
     """
     curves = {name: _thinned(_finite(points)) for name, points in series.items()}
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return None
     everything = [point for points in curves.values() for point in points]
-    xs, ys = (_scale([point[axis] for point in everything], axis == 1 and from_zero) for axis in (0, 1))
-    body = [_curve(number, name, points, xs, ys, x) for number, (name, points) in enumerate(curves.items())]
+    edges = [(a, end) for band in (bands or {}).values() for a, *ends in band for end in ends]
+    xs, ys = (_scale([p[axis] for p in (*everything, *edges)], axis == 1 and from_zero) for axis in (0, 1))
+    body = [
+        _band(number, bands[name], xs, ys) for number, name in enumerate(curves) if bands and name in bands
+    ]
+    body += [_curve(number, name, points, xs, ys, x) for number, (name, points) in enumerate(curves.items())]
     names = list(curves) if len(curves) > 1 else []
     said = "; ".join(f"{name}: {_said(points)}" for name, points in curves.items())
     return _frame(f"{label}. {said}", xs, ys, x, Markup().join(body), names)
@@ -93,6 +107,12 @@ def _px(value: float, scale: tuple[float, float]) -> float:
 
 def _py(value: float, scale: tuple[float, float]) -> float:
     return _HEIGHT - _BOTTOM - (value - scale[0]) / (scale[1] - scale[0]) * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _band(number: int, band: Band, xs: tuple[float, float], ys: tuple[float, float]) -> Markup:
+    around = [(a, low) for a, low, _ in band] + [(a, high) for a, _, high in reversed(band)]
+    path = " ".join(f"{_n(_px(a, xs))},{_n(_py(b, ys))}" for a, b in around)
+    return Markup('<polygon class="c{}" points="{}"/>').format(number % _COLOURS, path)
 
 
 def _curve(

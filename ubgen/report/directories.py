@@ -39,13 +39,21 @@ class Directory:
         return f"sha256:{hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()}"
 
 
+@dataclass(frozen=True)
+class Stats:
+    """A stats.json of `ubgen-dataset stats`, beside which there may be pictures."""
+
+    path: Path
+    name: str
+    content: dict[str, Any]
+
+
 @dataclass
 class Found:
     """What is at the given paths."""
 
     finished: list[Directory] = field(default_factory=list)
-    stats: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    """Name and content of each stats.json of `ubgen-dataset stats`."""
+    stats: list[Stats] = field(default_factory=list)
     others: list[tuple[str, str]] = field(default_factory=list)
     """Paths that give nothing, and why."""
 
@@ -104,7 +112,7 @@ def _sort_in(found: Found, place: Path, name: str) -> None:
         except (ValueError, RecursionError):
             content = None
         if isinstance(content, dict):
-            found.stats.append((name, content))
+            found.stats.append(Stats(place, name, content))
         else:
             found.others.append((name, f"{STATS} is not valid JSON"))
     if (place / MANIFEST).exists():

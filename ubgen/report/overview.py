@@ -9,7 +9,7 @@ from ubgen.report.parts import Section, Table, Text, flat
 
 def overview(found: Found) -> Section:
     section = Section("What was run")
-    section.parts += [*_directories(found), *_inputs(found), *_versions(found)]
+    section.parts += [*_directories(found), *_commands(found), *_inputs(found), *_versions(found)]
     if missing := _missing(found):
         section.parts.append(Text(f"Not among the given directories: {', '.join(missing)}."))
     if found.others:
@@ -36,9 +36,16 @@ def _directories(found: Found) -> Iterable[Table]:
         ]
         for directory in found.finished
     ]
-    rows += [[name, "ubgen-dataset stats", "", "", "", ""] for name, _ in found.stats]
-    columns = ["directory", "command", "finished (UTC)", "ubgen", "device", "hash of its manifest"]
+    rows += [[stats.name, "ubgen-dataset stats", "", "", "", ""] for stats in found.stats]
+    columns = ["directory", "stage", "finished (UTC)", "ubgen", "device", "hash of its manifest"]
     yield Table("Directories", columns, rows)
+
+
+def _commands(found: Found) -> Iterable[Table]:
+    """The last call of each directory: a run that was continued had others before."""
+    rows = [[d.name, str(d.manifest["command"])] for d in found.finished if d.manifest.get("command")]
+    if rows:
+        yield Table("Commands that finished them", ["directory", "command"], rows)
 
 
 def _text(values: Mapping[str, Any], name: str) -> str:

@@ -65,6 +65,24 @@ def test_a_finished_stage_says_how_it_was_made(tmp_path: Path) -> None:
     assert read_run(tmp_path / "run", "train") == SEED
 
 
+@pytest.mark.parametrize(
+    ("called", "command"),
+    [
+        (["/venv/bin/ubgen-train", "--out", "my runs"], "ubgen-train --out 'my runs'"),
+        (["/src/ubgen/cli/train.py", "--seed", "1"], "ubgen-train --seed 1"),
+        (["/venv/bin/pytest", "-q"], None),
+    ],
+)
+def test_a_manifest_keeps_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, called: list[str], command: str | None
+) -> None:
+    monkeypatch.setattr("sys.argv", called)
+    with Stage(tmp_path / "run", "train", SEED).hold() as stage:
+        stage.begin()
+        stage.finish({})
+    assert read_manifest(tmp_path / "run")["command"] == command
+
+
 def test_the_same_run_again_finds_itself_unfinished_then_finished(out: Path | str) -> None:
     assert run(out, finish=False) == "new"
     with pytest.raises(UserError, match="is unfinished or not a ubgen train directory"):

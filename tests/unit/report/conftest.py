@@ -73,16 +73,22 @@ def _write_stage(out: Path, name: str, files: dict[str, str | Image.Image], **ma
 def _write_evaluation(out: Path, accuracy: float) -> Path:
     correct = np.arange(20) < accuracy / 5
 
-    def work(report: Any) -> Result:
-        columns = {"sample": [f"{i}" for i in range(20)], "label": ["a"] * 20, "predicted": ["a"] * 20}
-        figures = {"top-1": Figure(accuracy, accuracy - 3, accuracy + 3)}
-        return Result(
-            "transfer", "aircraft", figures, {"test": 20}, predictions={**columns, "correct": correct}
-        )
+    figures = {"top-1": Figure(accuracy, accuracy - 3, accuracy + 3)}
+    columns = {"sample": [f"{i}" for i in range(20)], "label": ["a"] * 20, "predicted": ["a"] * 20}
+    shares = [(share, seed) for share in (0.1, 1.0) for seed in (0, 1)]
+    runs = [{"fraction": share, "seed": seed, "top-1": accuracy * share + seed} for share, seed in shares]
+
+    def transfer(report: Any) -> Result:
+        predictions = {**columns, "correct": correct}
+        return Result("transfer", "aircraft", figures, {"test": 20}, predictions=predictions)
+
+    def fewshot(report: Any) -> Result:
+        predictions = {**columns, "correct": correct, "fraction": [1.0] * 20}
+        return Result("fewshot", "aircraft", figures, details={"runs": runs}, predictions=predictions)
 
     backbone = {"name": HOSTILE, "identity": f"sha256:{accuracy}", "precision": "no", "model": "resnet10t"}
     run_jobs(
-        [Job("transfer", "aircraft", {}, work)],
+        [Job("transfer", "aircraft", {}, transfer), Job("fewshot", "aircraft", {}, fewshot)],
         out,
         backbone,
         write_tables=lambda path, results: write_tables(path / "results.md", {path.name: results}),
@@ -115,7 +121,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     metrics = "".join(
         json.dumps(line) + "\n" for line in [*lines, {"step": 40, "top1": 55.5, "ema_top1": None}]
     )
-    grid = Image.new("RGB", (320, 64), "green")
+    grid = Image.new("RGB", (640, 128), "green")
     samples = {"samples/000000.png": grid, "samples/000020.png": grid, "samples/000040.png": grid}
     _write_stage(root / "train", "train", {"metrics.jsonl": metrics, **samples})
     parity = {
@@ -133,10 +139,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_evaluation(root / "eval-base", 40)
     _write_evaluation(root / "eval-tuned", 60)
     (root / "measures").mkdir()
-    measures = {
-        "images": 16,
-        "diversity": {"rke": {"value": 3.25, "low": 3.0, "high": 3.5}},
-        "class_counts": [4],
+    cluster = {"near": "<b>bird</b>", "share": 0.25, "prompt_line": "crane\tcrane, similar to bird"}
+    entry = {"index": 0, "id": "c", "name": HOSTILE, "images": 4, "rke": [2.0, 1.5, 2.5], "agreement": 0.5}
+    found = {
+        "diversity": {"rke": [3.25, 3.0, 3.5]},
+        "two_meanings": [{"index": 0, "name": HOSTILE, "clusters": [cluster]}],
+        "classes": [entry],
     }
+    grid.save(root / "measures/two-meanings.png")
+    measures = {"images": 16, "measures": found, "class_counts": [4, 4, 4]}
     (root / "measures/stats.json").write_text(json.dumps(measures))
     return root

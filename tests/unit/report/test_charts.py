@@ -20,6 +20,16 @@ def test_many_points_are_averaged_not_dropped() -> None:
     assert titles == ["0.5"] * 60
 
 
+def test_a_band_lies_around_its_curve() -> None:
+    svg = str(lines("Accuracy", {"a": [(1, 5), (2, 6)]}, "share", bands={"a": [(1, 4, 6), (2, 0, 10)]}))
+    around = re.search(r'<polygon class="c0" points="([^"]*)"', svg)
+    assert around
+    ys = [float(point.split(",")[1]) for point in around[1].split()]
+    dots = [float(y) for y in re.findall(r'cy="([\d.]+)" r="2.2"', svg)]
+    assert ys[0] > dots[0] > ys[3]  # downwards
+    assert ys[1] > dots[1] > ys[2]
+
+
 def test_nothing_to_draw_is_no_chart() -> None:
     assert lines("Loss", {"loss": [], "other": [(1, math.inf)]}, "update") is None
     assert bars("Scores", [], [], "score") is None

@@ -98,7 +98,10 @@ def test_every_stage_has_its_section_and_figures(parsed: Page) -> None:
     assert ["Q-Align score", "16", "2.5", "1.118", "1", "2.5", "4"] in tables["Scores of tuned"]
     assert ["<b>blank</b>", "1"] in tables["Rejected images of tuned"]
     assert tables["Where the time of tuned went"][1][:2] == ["decode", "3.0"]
-    assert ["diversity, rke", "3.25 (3 to 3.5)"] in tables["Measures of datasets"]
+    assert ["measures, diversity, rke", "3.25 (3 to 3.5)"] in tables["Measures of datasets"]
+    assert not any(row[0] == "class counts" for row in tables["Measures of datasets"])
+    assert tables["Measures of the classes of measures"][1][1:] == ["c", "4", "2 (1.5 to 2.5)", "0.5"]
+    assert tables["Classes of two meanings in measures"][1][1:3] == ["<b>bird</b>", "0.25"]
     assert ["rollout.steps", "25"] in tables["Settings of train"]
 
 
@@ -145,6 +148,10 @@ def test_tables_and_pictures_say_what_they_are(parsed: Page) -> None:
     assert all(len(attributes["alt"] or "") > 10 for attributes in images)
     charts = [attributes for tag, attributes in parsed.elements if tag == "svg"]
     assert any("Loss. loss: first 5.9, last 2, lowest 2, highest 5.9" in str(a["aria-label"]) for a in charts)
+    few = next(
+        str(a["aria-label"]) for a in charts if "Few-shot accuracy on aircraft" in str(a["aria-label"])
+    )
+    assert "eval-tuned: first 6.5, last 60.5" in few
     levels = [int(level[1]) for level, _ in parsed.headings]
     assert levels[0] == 1
     assert levels.count(1) == 1
