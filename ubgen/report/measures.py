@@ -52,6 +52,10 @@ def _interval(value: Sequence[float]) -> str:
     return "{} ({} to {})".format(*(number(float(part)) for part in value))
 
 
+def _cell(value: Any) -> str:
+    return _interval(value) if _is_interval(value) else plain(number(value))
+
+
 def _parts(stats: Stats) -> Iterable[Part]:
     measured = stats.content.get("measures") or {}
     if meanings := measured.get("two_meanings"):
@@ -81,7 +85,7 @@ def _classes(where: str, found: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         [
             plain(entry.get("name", "")),
-            *(_interval(v) if _is_interval(v := entry.get(key)) else plain(number(v)) for key in keys),
+            *(_cell(entry.get(key)) for key in keys),
         ]
         for entry in found
     ]
