@@ -16,7 +16,7 @@ from ubgen.core.stage import read_manifest
 from ubgen.dataset import open_dataset, open_store
 from ubgen.dataset.card import CLASSES, read_classes
 from ubgen.dataset.reader import existing
-from ubgen.dataset.text import plain, score_titles
+from ubgen.dataset.text import interval_text, measure_rows, plain, score_titles
 from ubgen.dataset.tools.pictures import DEFAULT_SHEETS, write_pictures
 from ubgen.dataset.tools.stats import dataset_stats
 
@@ -162,19 +162,16 @@ def _measured(images: Any, names: list[str], wanted: Measured, console: Console)
 
 def _features(images: Any, file: Path | None, option: str) -> Any:
     """Of a file that fits the images, or those that synthesis kept."""
-    from ubgen.dataset.tools.features import Joined, read_features
-    from ubgen.dataset.tools.measured import Features
+    from ubgen.dataset.tools.features import read_features
+    from ubgen.dataset.tools.measured import Features, kept_features
 
     reward = _reward(images)
     if file is not None:
         rows, note = read_features(file)
         note.require(file, images.fingerprint(), len(images), images.store)
         return Features(rows, note.encoder, note.identity, bool(reward) and note.identity == reward)
-    if images.kind == "shards":
-        shards = open_dataset(images.store).shards
-        if shards and all(shard.features is not None for shard in shards):
-            parts = [part for shard in shards if (part := shard.read_features()) is not None]
-            return Features(Joined(parts), "the CLIP of synthesis", reward, True)
+    if images.kind == "shards" and (kept := kept_features(open_dataset(images.store), reward)) is not None:
+        return kept
     raise UserError(
         f"{images.store} has no features; run ubgen-dataset features {images.store} --clip DIR --out FILE.npy, and "
         f"give {option} FILE.npy"
@@ -247,27 +244,6 @@ def _print_measures(console: Console, result: Mapping[str, Any]) -> None:
             print(f"{plain(class_id)}\t{plain(prompt)}")  # rich would make spaces of the tab
 
 
-def measure_rows(result: Mapping[str, Any]) -> dict[str, str]:
-    diversity, agreement, near = (result[name] for name in ("diversity", "agreement", "near_duplicates"))
-    within, over = near["within_classes"], near["over_all"]
-    warning = "; rises with more samples" if diversity["vendi_grows_with_samples"] else ""
-    own = (
-        "; the encoder was the reward, so this is no independent check"
-        if result["encoder_is_the_reward"]
-        else ""
-    )
-    return {
-        "samples": f"{diversity['samples']:,} of {result['images']:,} images",
-        "RKE": interval_text(diversity["rke"], ".2f"),
-        "Vendi score": interval_text(diversity["vendi"], ".2f") + warning,
-        "variance within classes": interval_text(diversity["within_class_variance"], ".4f"),
-        "label agreement": f"{interval_text(agreement['share'], '.1%')} ({agreement['method']}){own}",
-        "near-duplicates": f"{within['images']:,} of {within['samples']:,} images within their class, "
-        f"{over['images']:,} of {over['samples']:,} over all (cosine {near['cosine']} or more)",
-        "classes of two meanings": f"{len(result['two_meanings']):,}",
-    }
-
-
 def _reference_table(reference: str, found: Mapping[str, Any]) -> Table:
     samples = f"{found['samples']:,} of each"
     rows = {
@@ -290,9 +266,3 @@ def _inspection_table(found: Mapping[str, Any]) -> Table:
     for name in ("same_file", "same_pixels", "same_perceptual_hash"):
         rows[name.replace("_", " ")] = f"{found[name]['images']:,} images"
     return facts(f"bad images and copies, among {found['images']:,} of {found['of']:,} images", rows)
-
-
-def interval_text(interval: Any, form: str) -> str:
-    """ "3.20 [3.00, 3.41]" """
-    value, low, high = (format(number, form) for number in interval)
-    return f"{value} [{low}, {high}]"

@@ -10,7 +10,7 @@ from typing import Any
 from ubgen.core.console import markdown_table
 from ubgen.core.errors import UserError
 from ubgen.core.files import Store, open_store
-from ubgen.dataset.text import escape, plain, score_titles
+from ubgen.dataset.text import escape, measure_rows, plain, score_titles
 
 CLASSES = "classes.json"
 CARD = "README.md"
@@ -61,6 +61,8 @@ class CardFacts:
     """Free text: an id that the Hub knows ("cc-by-4.0"), a name or an address."""
     stats: Mapping[str, Any] = field(default_factory=dict)
     """Of `dataset_stats`."""
+    measures: Mapping[str, Any] = field(default_factory=dict)
+    """Of `ubgen.dataset.tools.measured.measure`; empty where nothing was measured."""
     notes: Sequence[str] = ()
     """Sentences on what a user of the dataset should know of its prompts."""
 
@@ -108,6 +110,8 @@ def card_text(facts: CardFacts, class_names: Sequence[str]) -> str:
     parts = [_metadata(facts), f"# {escape(facts.title)}", _introduction(facts), table]
     if scores := _scores(facts.stats):
         parts += ["## Scores", scores]
+    if facts.measures:
+        parts += ["## Measures", _measures(facts.measures)]
     if facts.notes:
         parts += ["## Prompts", "\n".join(f"- {escape(note, 400)}" for note in facts.notes)]
     parts += ["## Classes", _class_list(class_names), "## Reading it", _reading(facts)]
@@ -221,6 +225,22 @@ def _scores(stats: Mapping[str, Any]) -> str:
     ]
     columns = ["score", "mean", "standard deviation", "smallest", "largest"]
     return markdown_table(columns, rows) if rows else ""
+
+
+def _measures(measures: Mapping[str, Any]) -> str:
+    rows = [(escape(name), escape(text, 400)) for name, text in measure_rows(measures).items()]
+    parts = [
+        f"From features by {escape(measures['encoder'])}; 95 % intervals in brackets.",
+        markdown_table(["", ""], rows, text_columns=2),
+    ]
+    if found := measures["two_meanings"]:
+        lines = [
+            f"- {escape(entry['name'], 80)}: near "
+            + " and ".join(f"{escape(c['near'], 80)} ({c['share']:.0%})" for c in entry["clusters"])
+            for entry in found[:_LISTED]
+        ]
+        parts += ["Classes whose images may show two meanings of the name:", "\n".join(lines)]
+    return "\n\n".join(parts)
 
 
 def _class_list(names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from ubgen import __version__
 from ubgen.core.files import Store, open_store
 from ubgen.dataset.card import CLASSES, SYNTHETIC, CardFacts
 from ubgen.dataset.shards import ShardInfo, finished_shards
-from ubgen.dataset.text import plain
+from ubgen.dataset.text import measure_rows, plain, score_titles
 
 CROISSANT = "croissant.json"
 SAMPLES = "samples.csv"
@@ -69,7 +69,7 @@ def _document(
     return {
         "@context": _context(),
         "@type": "sc:Dataset",
-        "conformsTo": "http://mlcommons.org/croissant/1.0",
+        "conformsTo": ["http://mlcommons.org/croissant/1.0", "http://mlcommons.org/croissant/RAI/1.0"],
         "name": plain(facts.title),
         "description": f"{facts.images} images of {facts.classes} classes. {SYNTHETIC} {_provenance(facts)}",
         "license": plain(facts.licence) or "unknown",
@@ -80,7 +80,63 @@ def _document(
         "keywords": ["synthetic", "image classification", "WebDataset"],
         "distribution": _distribution(facts, shards, samples_digest, classes_digest),
         "recordSet": [_class_records(), _sample_records(scores)],
+        **_responsible(facts),
     }
+
+
+def _responsible(facts: CardFacts) -> dict[str, Any]:
+    """What the RAI extension asks for, as far as the run knows it.
+
+    https://docs.mlcommons.org/croissant/docs/croissant-rai-spec.html
+    """
+    rejected = facts.stats.get("rejected", {})
+    reasons = ", ".join(f"{plain(reason)}: {count}" for reason, count in rejected.items()) or "none"
+    model = plain(facts.base_model) or "a base model that is not stated"
+    fields = {
+        "dataCollection": f"{SYNTHETIC} {_provenance(facts)}",
+        "dataCollectionType": ["Software Collection"],
+        "dataCollectionMissingData": f"Images drawn again, by reason: {reasons}. Kept although they were not "
+        f"acceptable, with a flag: {facts.stats.get('flagged', 0)}.",
+        "dataPreprocessingProtocol": [
+            f"Images were decoded by the model, quantised to 8 bits and stored as {facts.extension.upper()}; an image "
+            "that a threshold rejected, of one colour, or not finite was drawn again."
+        ],
+        "dataAnnotationProtocol": [
+            "The label is the class whose prompt the image was generated from. No person looked at the images."
+        ],
+        "annotationsPerItem": "1",
+        "machineAnnotationTools": [f"{model}, by ubgen {__version__}", *_scorers(facts)],
+        "dataBiases": [
+            f"The images inherit the biases of {model}, of its training data, and of the networks that scored them.",
+            "A name with several meanings may be shown in one of them only.",
+            *_measured(facts),
+        ],
+        "dataLimitations": [
+            "Labels were not verified; an image may not show its class. Models trained on the images are to be "
+            "evaluated on real ones."
+        ],
+        "dataUseCases": ["Pre-training and evaluation of image classifiers."],
+        "dataSocialImpact": "No image is of a real person, but a generator can resemble images of its training data, "
+        "and can repeat stereotypes of people, places and occupations; check classes that show people before use.",
+        "personalSensitiveInformation": [
+            "None was collected; whether the base model's training data held any is "
+            "for its own documentation to say."
+        ],
+    }
+    return {f"rai:{name}": value for name, value in fields.items()}
+
+
+def _scorers(facts: CardFacts) -> list[str]:
+    return [f"score: {score_titles(name)[1]}" for name in facts.stats.get("scores", ())]
+
+
+def _measured(facts: CardFacts) -> list[str]:
+    if not facts.measures:
+        return []
+    figures = "; ".join(f"{name}: {text}" for name, text in measure_rows(facts.measures).items())
+    return [
+        f"Measured on features by {plain(facts.measures['encoder'])}, 95 % intervals in brackets: {figures}."
+    ]
 
 
 def _context() -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 _SAFE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?")
 _SPLIT = r"train|training|validation|valid|dev|val|test|testing|eval|evaluation"  # words of Hugging Face `datasets`
@@ -48,3 +49,31 @@ def safe_names(ids: Sequence[str]) -> list[str]:
         else f"class-{index:06d}"
         for index, name in enumerate(ids)
     ]
+
+
+def measure_rows(result: Mapping[str, Any]) -> dict[str, str]:
+    """The figures of `measure` over all classes, by name, for a table."""
+    diversity, agreement, near = (result[name] for name in ("diversity", "agreement", "near_duplicates"))
+    within, over = near["within_classes"], near["over_all"]
+    warning = "; rises with more samples" if diversity["vendi_grows_with_samples"] else ""
+    own = (
+        "; the encoder was the reward, so this is no independent check"
+        if result["encoder_is_the_reward"]
+        else ""
+    )
+    return {
+        "samples": f"{diversity['samples']:,} of {result['images']:,} images",
+        "RKE": interval_text(diversity["rke"], ".2f"),
+        "Vendi score": interval_text(diversity["vendi"], ".2f") + warning,
+        "variance within classes": interval_text(diversity["within_class_variance"], ".4f"),
+        "label agreement": f"{interval_text(agreement['share'], '.1%')} ({agreement['method']}){own}",
+        "near-duplicates": f"{within['images']:,} of {within['samples']:,} images within their class, "
+        f"{over['images']:,} of {over['samples']:,} over all (cosine {near['cosine']} or more)",
+        "classes of two meanings": f"{len(result['two_meanings']):,}",
+    }
+
+
+def interval_text(interval: Any, form: str) -> str:
+    """ "3.20 [3.00, 3.41]" """
+    value, low, high = (format(number, form) for number in interval)
+    return f"{value} [{low}, {high}]"

@@ -108,5 +108,5 @@ def within_class_spread(features_ND: Any, labels_N: np.ndarray) -> Interval:
     for start, rows in normalised_blocks(features_ND):
         own = slice(start, start + len(rows))
         total += float(np.square((rows * means[labels[own]]).sum(1) - squares[own]).sum())
-    value, error = float(1 - squares.mean()), 2 * np.sqrt(total) / len(labels)
+    value, error = float(1 - squares.mean()), float(2 * np.sqrt(total) / len(labels))
     return Interval(value, max(0.0, value - _Z * error), min(1.0, value + _Z * error))

@@ -18,6 +18,7 @@ from ubgen.core.stage import MANIFEST, Stage, read_manifest
 from ubgen.dataset import Store, open_dataset, open_store, shard_files, write_classes
 from ubgen.dataset.card import CardFacts, write_card
 from ubgen.dataset.croissant import write_croissant
+from ubgen.dataset.tools.measured import measured_by_kept_features
 from ubgen.dataset.tools.pictures import write_pictures
 from ubgen.dataset.tools.stats import dataset_stats
 from ubgen.synth.config import SynthConfig
@@ -244,6 +245,7 @@ class _Run:
         # of images that could be made after all
         _delete(store, [name for name in store.names() if fnmatchcase(name, EXHAUSTED_FILES)])
         write_pictures(dataset, store, throughput, stats)
+        measures = measured_by_kept_features(dataset)
         facts = CardFacts(
             title=f"{Path(config.classes).stem}, synthetic ({config.per_class} per class)",
             images=plan.images,
@@ -257,6 +259,7 @@ class _Run:
             engine_key=self.engine["engine"]["key"],
             licence=config.licence,
             stats=stats,
+            measures=measures,
             notes=self.prompt_notes(),
             **self._origin(),
         )

@@ -346,6 +346,14 @@ def test_mlcroissant(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(extract, "EXTRACT_PATH", epath.Path(tmp_path / "extract"))
     croissant = mlcroissant.Dataset(str(dataset / "croissant.json"))
     assert not croissant.metadata.ctx.issues.errors
+    # of what is only recommended, the date of publication alone is missing, which nothing here knows
+    assert all("datePublished" in warning for warning in croissant.metadata.ctx.issues.warnings)
+    about = croissant.metadata
+    assert "All images are synthetic" in about.data_collection
+    assert "inherit the biases of mini" in " ".join(about.data_biases)
+    assert about.data_social_impact
+    assert about.annotations_per_item == "1"
+    assert len(about.machine_annotation_tools) == 3
     records = list(croissant.records("samples"))
     check([record["samples/image"] for record in records], [record["samples/label"] for record in records])
     assert {round(record["samples/quality"], 6) for record in records} == {1 + i / 8 for i in range(24)}

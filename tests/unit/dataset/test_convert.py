@@ -244,3 +244,17 @@ def test_a_smaller_copy_keeps_all_but_the_size(tmp_path: Path, make: Make, exten
         convert(source, tmp_path / "out", "webdataset", short_side=21)
     with pytest.raises(UserError, match="--short-side"):
         convert(source, tmp_path / "other", "webdataset", short_side=0)
+
+
+def test_fiftyone_finds_the_columns_of_parquet(tmp_path: Path, make: Callable[..., Path]) -> None:
+    import pyarrow.parquet as pq
+    import yaml
+
+    out = tmp_path / "out"
+    convert(make(tmp_path / "d"), out, "parquet")
+    settings = yaml.safe_load((out / "fiftyone.yml").read_text())
+    assert settings["format"] == "ParquetFilesDataset"
+    schema = pq.read_schema(next(out.glob("*.parquet")))
+    named = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    assert named[settings["default_media_fields"]["filepath"]]["_type"] == "Image"
+    assert [named[field]["_type"] for field in settings["classification_fields"]] == ["ClassLabel"]

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from ubgen.cli.dataset_stats import Measured, stats
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, Warned
+from ubgen.dataset import CardFacts, open_dataset, write_card, write_croissant
 from ubgen.dataset.tools.features import Joined
-from ubgen.dataset.tools.measured import Features, compare_with, measure
+from ubgen.dataset.tools.measured import Features, compare_with, measure, measured_by_kept_features
 
 NAMES = ["crane", "heron", "digger", "<b>tree"]
 
@@ -64,6 +65,28 @@ def test_what_is_found(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     assert "n000\tcrane, similar to heron" in text
     assert "the encoder was the reward" in "".join(text.replace("│", "").split("\n")).replace("  ", "")
+
+
+def test_card_and_croissant_say_it(dataset: Path) -> None:
+    opened = open_dataset(dataset)
+    measures = measured_by_kept_features(opened)
+    facts = CardFacts("t", 128, 4, 4, "jpg", 32, "PNDM", 0, "name", "key", measures=measures)
+    write_card(dataset, facts)
+    card = (dataset / "README.md").read_text()
+    value, low, high = measures["diversity"]["rke"]
+    assert f"| RKE | {value:.2f} \\[{low:.2f}, {high:.2f}\\] |" in card
+    assert "- crane: near " in card
+    assert "<b>" not in card
+    write_croissant(dataset, facts)
+    document = json.loads((dataset / "croissant.json").read_text())
+    assert f"RKE: {value:.2f} [{low:.2f}, {high:.2f}]" in document["rai:dataBiases"][-1]
+
+
+def test_a_run_ends_without_measures(tmp_path: Path, make: Callable[..., Path]) -> None:
+    assert measured_by_kept_features(open_dataset(make(tmp_path / "none"))) == {}
+    out = make(tmp_path / "zero", change=lambda _, sample: sample.update(features=np.zeros(4)))
+    with pytest.warns(Warned, match="no measures in the dataset's card: .* zero"):
+        assert measured_by_kept_features(open_dataset(out)) == {}
 
 
 def test_without_features(tmp_path: Path, make: Callable[..., Path]) -> None:

@@ -18,6 +18,7 @@ from ubgen.dataset.tools.tars import SourceSample
 
 _ROW_GROUP = 100  # images; what Hugging Face writes, so that a reader fetches some megabytes at a time
 _SHARDS = '"shard-*.tar"'
+FIFTYONE = "fiftyone.yml"
 CLASS_MAP = "class_map.txt"
 _PLACE = re.compile(rb'^\{"file_name": "([^"/]*)/[^"]*", "label": (\d+),', re.MULTILINE)
 OWN = {*SCORES, "class_index", "flag"}
@@ -179,6 +180,23 @@ for sample in load_dataset("parquet", data_files="train-*.parquet", split="train
         """A Parquet file ends with the mark that it begins with."""
         size = self.store.size(name := self._part(number)) or 0
         return size > 0 and self.store.read_range(name, max(size - 4, 0), size) == b"PAR1"
+
+    def finish(self, source_card: str | None, images: int) -> None:
+        """With fiftyone.yml: FiftyOne's `load_from_hub` takes label and image from these columns.
+
+        It cannot take them from WebDataset shards, whose classes have no names and whose JSON is nested.
+        """
+        super().finish(source_card, images)
+        lines = (
+            "format: ParquetFilesDataset",
+            "default_media_fields:",
+            "  filepath: image",
+            "classification_fields:",
+            "- label",
+            "tags:",
+            "- ubgen",
+        )
+        self.store.write(FIFTYONE, "".join(f"{line}\n" for line in lines))
 
     def _part(self, number: int) -> str:
         return f"train-{number:05d}-of-{self.parts:05d}.parquet"

@@ -6,7 +6,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, warn
+from ubgen.dataset.reader import ShardDataset
+from ubgen.dataset.tools.features import Joined
 from ubgen.dataset.tools.inspection import bad_images, copies, inspect
 from ubgen.measures.agreement import class_means, near_pairs, nearest_class, two_clusters
 from ubgen.measures.bias import wilson
@@ -99,6 +101,28 @@ def measure(
         "two_meanings": meanings,
         "classes": classes,
     }
+
+
+def kept_features(dataset: ShardDataset, clip_hash: str = "") -> Features | None:
+    """The CLIP features that synthesis kept beside its shards; None unless all shards have them."""
+    shards = dataset.shards
+    if not shards or any(shard.features is None for shard in shards):
+        return None
+    parts = [part for shard in shards if (part := shard.read_features()) is not None]
+    return Features(Joined(parts), "the CLIP of synthesis", clip_hash, True)
+
+
+def measured_by_kept_features(dataset: ShardDataset) -> dict[str, Any]:
+    """`measure`; nothing, with a warning, where it cannot be done. A finished run is not lost for a figure."""
+    try:
+        features = kept_features(dataset)
+        if features is None or len(dataset) < 2:
+            return {}
+        ids, names = ([entry[part] for entry in dataset.classes] for part in ("id", "name"))
+        return measure(features, dataset.labels(), ids, names)
+    except UserError as error:
+        warn(f"no measures in the dataset's card: {error}")
+        return {}
 
 
 def compare_with(
