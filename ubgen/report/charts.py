@@ -88,7 +88,8 @@ def _scale(values: Sequence[float], from_zero: bool) -> tuple[float, float]:
     if from_zero:
         low = min(low, 0.0)
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
-        return low - 0.5, high + 0.5
+        around = abs(low) / 2 or 0.5
+        return low - around, high + around
     return low, high
 
 
@@ -96,7 +97,7 @@ def _ticks(low: float, high: float) -> list[float]:
     """Two to six round numbers."""
     rough = (high - low) / 5
     step = 10.0 ** math.floor(math.log10(rough))
-    step *= next((factor for factor in (1, 2, 5) if step * factor >= rough), 10)
+    step *= next((factor for factor in (1, 2, 5) if step * factor >= 0.999 * rough), 10)
     first = math.ceil(low / step - 1e-9)
     return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
 

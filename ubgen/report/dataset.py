@@ -139,7 +139,7 @@ def _rejected(directory: Directory, stats: Mapping[str, Any]) -> Iterable[Part]:
         return
     listed = [[plain(number(entry.get(key))) for key in columns] for entry in entries]
     names = [column.replace("_", " ") for column in columns]
-    yield Table(f"The first {len(listed)} rejections of {directory.name}", names, listed, folded=True)
+    yield Table(f"First rejections of {directory.name}", names, listed, folded=True)
 
 
 def _pairs(directories: Sequence[Directory]) -> Iterable[Part]:

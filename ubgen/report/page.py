@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -12,10 +12,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ubgen import __version__
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, first_line
 from ubgen.core.files import atomic_write
 from ubgen.report.dataset import datasets
-from ubgen.report.directories import Found, find
+from ubgen.report.directories import Directory, Found, find
 from ubgen.report.engine import engines
 from ubgen.report.evaluation import evaluations
 from ubgen.report.measures import measures
@@ -31,6 +31,7 @@ _STAGES = {
     "eval": evaluations,
 }
 _ALL_PICTURES, _ONE_PICTURE = 1_500_000, 250_000  # bytes; a third more as text in the page
+_ODD = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 _MARK = "<!-- made by ubgen-report -->"
 
 
@@ -57,12 +58,13 @@ def _check(out: Path) -> None:
 
 def render(found: Found, title: str) -> str:
     """The whole page as HTML, which needs no other file."""
-    sections = [overview(found)]
+    sections = []
     for stage, write in _STAGES.items():
         if directories := found.of(stage):
-            sections.append(write(directories))
+            sections += _written(found, write, directories)
         if stage == "synth" and found.stats:
             sections.append(measures(found.stats))
+    sections.insert(0, overview(found))
     pictures = sum(isinstance(part, Picture) for part in _all_parts(sections))
     limit = min(_ONE_PICTURE, _ALL_PICTURES // max(1, pictures))
     script = _asset("page.js")
@@ -83,6 +85,28 @@ def render(found: Found, title: str) -> str:
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _written(
+    found: Found, write: Callable[[Sequence[Directory]], Section], directories: Sequence[Directory]
+) -> list[Section]:
+    """The section on a stage; a directory that cannot be told about, of an earlier version, becomes a line."""
+    try:
+        return [write(directories)]
+    except _ODD:
+        whole = []
+    for directory in directories:
+        try:
+            write([directory])
+            whole.append(directory)
+        except _ODD as error:
+            reason = (
+                f"its files are not what this version writes ({type(error).__name__}: {first_line(error)})"
+            )
+            found.others.append((directory.name, reason))
+    if len(whole) == len(directories):
+        raise RuntimeError(f"{whole[0].stage}: directories that fit one by one do not fit together")
+    return [write(whole)] if whole else []
 
 
 def _asset(name: str) -> str:

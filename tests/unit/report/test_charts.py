@@ -37,7 +37,10 @@ def test_nothing_to_draw_is_no_chart() -> None:
 
 
 def test_a_constant_has_a_scale() -> None:
-    assert "NaN" not in str(lines("Accuracy", {"top1": [(5, 70.0)]}, "update"))
+    svg = str(lines("Learning rate", {"lr": [(5, 0.0001), (6, 0.0001)]}, "update"))
+    heights = {float(y) for y in re.findall(r'cy="([\d.]+)" r="2.2"', svg)}
+    assert len(heights) == 1
+    assert ">0.00012<" in svg  # ticks near the value, by which it can be read
 
 
 def test_names_are_escaped() -> None:

@@ -204,6 +204,17 @@ def test_what_is_missing_or_not_shown_is_named(runs: Path, tmp_path: Path) -> No
     assert "fine-tuning (ubgen-train)" not in text
 
 
+def test_a_directory_of_another_version_is_a_line_and_not_the_end(runs: Path, tmp_path: Path) -> None:
+    with Stage(tmp_path / "odd", "synth", {}).hold() as stage:
+        stage.begin()
+        stage.finish({}, stats={"scores": ["quality"]})
+    page = Page(render(find([runs / "base", tmp_path / "odd"]), "r"))
+    assert dict(page.tables["Paths that are not shown"][1:])["odd"].startswith(
+        "its files are not what this version"
+    )
+    assert "Scores of base" in page.tables
+
+
 def test_a_directory_of_directories_stands_for_them(runs: Path) -> None:
     assert [d.name for d in find([runs]).finished] == [d.name for d in find(sorted(runs.iterdir())).finished]
 
