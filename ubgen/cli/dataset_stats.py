@@ -210,9 +210,9 @@ def _stats_table(dataset: str, result: Mapping[str, Any]) -> Table:
 def _print_measures(console: Console, result: Mapping[str, Any]) -> None:
     console.print(facts(f"measures, from features by {plain(result['encoder'], 80)}", measure_rows(result)))
     classes = [entry for entry in result["classes"] if "rke" in entry and "agreement" in entry]
-    worst = sorted(classes, key=lambda entry: entry["agreement"])[:_WORST]
+    worst = sorted(classes, key=lambda entry: entry["agreement"][0])[:_WORST]
     columns = [
-        "classes of the lowest agreement",
+        "lowest agreement",
         "mistaken for",
         "images",
         "agreement",
@@ -224,7 +224,7 @@ def _print_measures(console: Console, result: Mapping[str, Any]) -> None:
             plain(entry["name"], 40),
             plain(entry.get("mistaken_for", ""), 40),
             f"{entry['images']:,}",
-            f"{entry['agreement']:.1%}",
+            f"{entry['agreement'][0]:.1%}",
             f"{entry['rke'][0]:.2f}",
             f"{entry['near_duplicates']:,}",
         ]

@@ -38,7 +38,7 @@ def _figures(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
             if key not in _OTHERS:
                 yield from _figures(value, f"{name}, ")
         elif isinstance(value, list):
-            if _is_interval(value) and key not in ("class_counts", "class_means"):  # of three classes
+            if _is_interval(value) and key not in ("class_counts", "class_means", "first"):  # of three
                 yield name, _interval(value)
         elif value is not None:
             yield name, plain(number(value))

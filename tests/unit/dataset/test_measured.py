@@ -45,6 +45,12 @@ def test_what_is_found(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixt
     measures, inspection = found["measures"], found["inspection"]
     assert found["images"] == measures["images"] == 128
     assert [entry["images"] for entry in measures["classes"]] == [32] * 4
+    by_class = {entry["name"]: entry for entry in measures["classes"]}
+    assert by_class["heron"]["agreement"][0] == pytest.approx(1)
+    for entry in measures["classes"]:
+        for figure in ("rke", "vendi", "variance", "agreement"):
+            value, low, high = entry[figure]
+            assert low <= value <= high
     near = measures["near_duplicates"]["within_classes"]
     assert sorted(pair[:2] for pair in near["pairs"]) == [[i, i + 120] for i in range(8)]
     assert near["images"] == 16

@@ -59,8 +59,9 @@ def measure(
     """The figures as JSON can hold them; intervals are [value, low, high] of 95 %.
 
     "diversity" (at most 200,000 samples), "agreement" (the same), "near_duplicates" (within each class, 2,000 images of
-    it at most; and over all, at most 20,000), "classes" (for each class, RKE, Vendi and variance of at most 500), and
-    "two_meanings". Each says its number of samples. `near` is the cosine from which images count as near-duplicates.
+    it at most; and over all, at most 20,000), "classes" (of each, RKE, Vendi and variance of at most 500, and its
+    agreement), and "two_meanings". Each says its number of samples. `near` is the cosine from which images count as
+    near-duplicates.
     """
     if len(labels_N) != len(features.rows):
         raise UserError(f"{len(features.rows):,} features, but {len(labels_N):,} labels")
@@ -247,7 +248,8 @@ def _shares(successes: int, count: int) -> tuple[float, float]:
 def _class_agreement(predicted: np.ndarray, label: int, names: Sequence[str]) -> dict[str, Any]:
     if not len(predicted):
         return {}
-    entry: dict[str, Any] = {"agreement": float((predicted == label).mean())}
+    right = int((predicted == label).sum())
+    entry: dict[str, Any] = {"agreement": [right / len(predicted), *_shares(right, len(predicted))]}
     others = np.bincount(predicted[predicted != label], minlength=1)
     return entry | ({"mistaken_for": names[int(others.argmax())]} if others.any() else {})
 
