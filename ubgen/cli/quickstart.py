@@ -41,7 +41,7 @@ class Arguments:
     """Run the whole chain on the miniature family, shortened to a few minutes, and compare before and after."""
 
     out: Path = Path("runs/quickstart")
-    """Directory for train/, engine/ and dataset/."""
+    """Directory for train/, engine/, dataset/ and report.html."""
     updates: int = 80
     """Fine-tuning updates; the recipe itself has more, and a longer warm-up."""
     per_class: int = 20
@@ -96,7 +96,9 @@ def quickstart(given: Arguments) -> None:
     )
     if full and given.updates < full:
         console.print(SHORTENED.format(full=full), highlight=False, soft_wrap=True)
-    console.print(f"pictures  {dataset / 'contact-sheet.png'}\ndataset   {dataset}")
+    report = given.out / "report.html"
+    stage(console, report, ["ubgen-report", str(train), str(engine), str(dataset)])
+    console.print(f"\npictures  {dataset / 'contact-sheet.png'}\nreport    {report}\ndataset   {dataset}")
     console.print(
         f"took      {(time.monotonic() - start) / 60:.1f} minutes\n\n{REAL_RUN}",
         highlight=False,

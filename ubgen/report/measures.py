@@ -17,7 +17,7 @@ _OTHERS = {"histogram", "quantiles"}  # shown with the dataset
 
 
 def measures(stats: Sequence[Stats]) -> Section:
-    columns = {one.name: dict(_figures(one.content)) for one in stats}
+    columns = {one.name: dict(_figures(_ordered(one.content))) for one in stats}
     names = list(dict.fromkeys(key for column in columns.values() for key in column))
     rows = [[key, *(column.get(key, "") for column in columns.values())] for key in names]
     section = Section("Measures")
@@ -28,6 +28,12 @@ def measures(stats: Sequence[Stats]) -> Section:
         section.parts.append(Text("stats.json holds no figure."))
     section.sections = [Section(one.name, parts) for one in stats if (parts := list(_parts(one)))]
     return section
+
+
+def _ordered(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What only stats.json has comes before the scores, which the dataset's own section has too."""
+    first = [key for key in ("images", "measures", "reference", "inspection") if key in content]
+    return {key: content[key] for key in (*first, *(key for key in content if key not in first))}
 
 
 def _figures(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

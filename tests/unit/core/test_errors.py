@@ -74,6 +74,7 @@ def test_what_was_to_overwrite_continues_without(capsys, monkeypatch):
         (["ubgen.cli.dataset", "convert"], True),
         (["ubgen.cli.dataset", "verify"], False),
         (["ubgen.cli.doctor"], False),
+        (["ubgen.cli.report", "runs"], False),
         (["ubgen.cli.bench", "engine"], False),
         (["ubgen.miniature.measure"], False),
         (["ubgen.miniature.build"], True),
@@ -95,7 +96,7 @@ def interrupted(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", ["train", "export", "synth", "dataset", "doctor", "bench"])
+@pytest.mark.parametrize("name", ["train", "export", "synth", "dataset", "report", "doctor", "bench"])
 def test_every_command_runs_as_a_module_and_knows_its_name(name, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/else.py", "--help"])
     monkeypatch.delitem(sys.modules, f"ubgen.cli.{name}", raising=False)

@@ -147,6 +147,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "classes": [entry],
     }
     grid.save(root / "measures/two-meanings.png")
-    measures = {"images": 16, "measures": found, "class_counts": [4, 4, 4]}
+    measures = {"quality": {"mean": 2.5}, "images": 16, "measures": found, "class_counts": [4, 4, 4]}
     (root / "measures/stats.json").write_text(json.dumps(measures))
     return root

@@ -99,6 +99,7 @@ def test_every_stage_has_its_section_and_figures(parsed: Page) -> None:
     assert ["<b>blank</b>", "1"] in tables["Rejected images of tuned"]
     assert tables["Where the time of tuned went"][1][:2] == ["decode", "3.0"]
     assert ["measures, diversity, rke", "3.25 (3 to 3.5)"] in tables["Measures of datasets"]
+    assert [row[0] for row in tables["Measures of datasets"]][-1] == "quality, mean"
     assert not any(row[0] == "class counts" for row in tables["Measures of datasets"])
     assert tables["Measures of the classes of measures"][1][1:] == ["c", "4", "2 (1.5 to 2.5)", "0.5"]
     assert tables["Classes of two meanings in measures"][1][1:3] == ["<b>bird</b>", "0.25"]
