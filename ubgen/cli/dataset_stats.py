@@ -125,12 +125,19 @@ def _names(images: Any) -> list[str]:
 
 
 def _measured(images: Any, names: list[str], wanted: Measured, console: Console) -> dict[str, Any]:
-    from ubgen.dataset.tools.measured import compare_with, inspected, measure
+    from ubgen.dataset.tools.measured import compare_with, inspected, measure, require_same_encoder
 
     result: dict[str, Any] = {}
     bar = Console(stderr=True)
     if wanted.measures or wanted.features or wanted.reference:
         features = _features(images, wanted.features, "--features")
+        other = None
+        if wanted.reference:
+            from ubgen.loading.imageset import open_image_set
+
+            reference = open_image_set(wanted.reference)
+            other = _features(reference, wanted.reference_features, "--reference-features")
+            require_same_encoder(features, other)  # now, not after minutes of work
         with progress(bar, "measuring", "steps", log=False) as report:
             result["measures"] = measure(
                 features,
@@ -142,16 +149,11 @@ def _measured(images: Any, names: list[str], wanted: Measured, console: Console)
                 report=report,
             )
         _print_measures(console, result["measures"])
-    if wanted.reference:
-        from ubgen.loading.imageset import open_image_set
-
-        reference = open_image_set(wanted.reference)
-        other = _features(reference, wanted.reference_features, "--reference-features")
-        with progress(bar, "comparing", "steps", log=False) as report:
-            result["reference"] = {"dataset": wanted.reference} | compare_with(
-                features, other, seed=wanted.seed, report=report
-            )
-        console.print(_reference_table(wanted.reference, result["reference"]))
+        if other is not None:
+            with progress(bar, "comparing", "steps", log=False) as report:
+                found = compare_with(features, other, seed=wanted.seed, report=report)
+            result["reference"] = {"dataset": wanted.reference, **found}
+            console.print(_reference_table(str(wanted.reference), result["reference"]))
     if wanted.images:
         count = None if wanted.images == "all" else wanted.images
         with progress(bar, "looking", "images", log=False) as report:

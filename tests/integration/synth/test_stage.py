@@ -328,6 +328,9 @@ def test_the_manifest_says_what_made_it(settings: Settings, undisturbed: Path) -
     assert manifest["same_bits"] is None  # the engine's manifest does not say
     assert manifest["dataset"] == {"images": 60, "shards": 4, "classes": 5}
     assert manifest["stats"]["class_counts"] == [12] * 5
+    card = (undisturbed / "README.md").read_text(encoding="utf-8")
+    assert "## Measures" in card
+    assert "| label agreement | " in card
     assert read_run(undisturbed, "synth")["--min-similarity"] == -0.5
 
 

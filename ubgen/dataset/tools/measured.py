@@ -126,15 +126,20 @@ def measured_by_kept_features(dataset: ShardDataset) -> dict[str, Any]:
         return {}
 
 
-def compare_with(
-    features: Features, reference: Features, *, seed: int = 0, report: Report = lambda done, total, note: None
-) -> dict[str, Any]:
-    """`Comparison` as JSON can hold it. UserError for features of different encoders."""
+def require_same_encoder(features: Features, reference: Features) -> None:
+    """UserError for features that cannot be compared."""
     if features.identity != reference.identity or features.rows.shape[1] != reference.rows.shape[1]:
         raise UserError(
             f"the dataset's features are by {features.encoder}, the reference's by {reference.encoder}, or by other "
             "weights; make both with the same encoder (ubgen-dataset features)"
         )
+
+
+def compare_with(
+    features: Features, reference: Features, *, seed: int = 0, report: Report = lambda done, total, note: None
+) -> dict[str, Any]:
+    """`Comparison` as JSON can hold it. UserError for features of different encoders."""
+    require_same_encoder(features, reference)
     found = compare(
         features.rows, reference.rows, seed=seed, report=lambda done, total: report(done, total, "reference")
     )
