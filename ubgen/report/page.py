@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +20,7 @@ from ubgen.report.engine import engines
 from ubgen.report.evaluation import evaluations
 from ubgen.report.measures import measures
 from ubgen.report.overview import overview
-from ubgen.report.parts import Part, Picture, Row, Section
+from ubgen.report.parts import Encoded, Part, Picture, Row, Section, Text
 from ubgen.report.training import fine_tuning, pre_training
 
 _STAGES = {
@@ -30,7 +30,7 @@ _STAGES = {
     "pretrain": pre_training,
     "eval": evaluations,
 }
-_ALL_PICTURES, _ONE_PICTURE = 1_500_000, 250_000  # bytes; a third more as text in the page
+_ALL_PICTURES, _ONE_PICTURE, _LEAST = 2_000_000, 330_000, 4_000  # characters in the page
 _ODD = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 _MARK = "<!-- made by ubgen-report -->"
 
@@ -65,8 +65,7 @@ def render(found: Found, title: str) -> str:
         if stage == "synth" and found.stats:
             sections.append(measures(found.stats))
     sections.insert(0, overview(found))
-    pictures = sum(isinstance(part, Picture) for part in _all_parts(sections))
-    limit = min(_ONE_PICTURE, _ALL_PICTURES // max(1, pictures))
+    pictures = _encoded_pictures(sections)
     script = _asset("page.js")
     environment = Environment(
         loader=PackageLoader("ubgen.report", "."),
@@ -80,7 +79,7 @@ def render(found: Found, title: str) -> str:
         title=title,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
-        sections=[_with_encoded(section, limit) for section in sections],
+        sections=[_with_encoded(section, pictures) for section in sections],
         style=Markup(_asset("page.css")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -93,8 +92,8 @@ def _written(
     """The section on a stage; a directory that cannot be told about, of an earlier version, becomes a line."""
     try:
         return [write(directories)]
-    except _ODD:
-        whole = []
+    except _ODD as error:
+        together, whole = error, []
     for directory in directories:
         try:
             write([directory])
@@ -105,12 +104,30 @@ def _written(
             )
             found.others.append((directory.name, reason))
     if len(whole) == len(directories):
-        raise RuntimeError(f"{whole[0].stage}: directories that fit one by one do not fit together")
+        raise together
     return [write(whole)] if whole else []
 
 
 def _asset(name: str) -> str:
     return files("ubgen.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _encoded_pictures(sections: Sequence[Section], most: int = _ALL_PICTURES) -> dict[int, Encoded | Text]:
+    """By `id`. Where all together take more than `most` characters, the largest are made smaller until they fit."""
+    pictures = [part for part in _all_parts(sections) if isinstance(part, Picture)]
+    limit = _ONE_PICTURE
+    made = [picture.encoded(limit) for picture in pictures]
+    while sum(map(_size, made)) > most and limit > _LEAST:
+        limit = limit * 2 // 3
+        made = [
+            picture.encoded(limit) if _size(old) > limit else old
+            for picture, old in zip(pictures, made, strict=True)
+        ]
+    return {id(picture): one for picture, one in zip(pictures, made, strict=True)}
+
+
+def _size(part: Encoded | Text) -> int:
+    return len(part.address) if isinstance(part, Encoded) else 0
 
 
 def _all_parts(sections: Sequence[Section]) -> Iterator[Part]:
@@ -120,15 +137,13 @@ def _all_parts(sections: Sequence[Section]) -> Iterator[Part]:
         yield from _all_parts(section.sections)
 
 
-def _with_encoded(section: Section, limit: int) -> Section:
-    return Section(
-        section.title,
-        [_encoded(part, limit) for part in section.parts],
-        [_with_encoded(inner, limit) for inner in section.sections],
-    )
+def _with_encoded(section: Section, pictures: Mapping[int, Part]) -> Section:
+    def shown(part: Any) -> Any:
+        return (
+            Row([shown(inner) for inner in part.parts])
+            if isinstance(part, Row)
+            else pictures.get(id(part), part)
+        )
 
-
-def _encoded(part: Any, limit: int) -> Any:
-    if isinstance(part, Picture):
-        return part.encoded(limit)
-    return Row([_encoded(inner, limit) for inner in part.parts]) if isinstance(part, Row) else part
+    inner = [_with_encoded(one, pictures) for one in section.sections]
+    return Section(section.title, [shown(part) for part in section.parts], inner)

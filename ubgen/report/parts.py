@@ -80,12 +80,14 @@ class Picture:
     kind: ClassVar = "picture"
 
     def encoded(self, limit: int) -> "Encoded | Text":
-        """As WebP of at most `limit` bytes, if its width need not fall below 240 pixels for that."""
+        """As WebP that takes at most `limit` characters, if its width need not fall below 240 pixels for that."""
         try:
-            image = Image.open(self.image) if isinstance(self.image, Path) else self.image
-            image = image.convert("RGB")
+            return self._encoded(limit)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return Text(f"{self.caption}: the picture cannot be read ({first_line(error)}).")
+            return Text(f"{self.caption}: the picture cannot be shown ({first_line(error)}).")
+
+    def _encoded(self, limit: int) -> "Encoded":
+        image = (Image.open(self.image) if isinstance(self.image, Path) else self.image).convert("RGB")
         data = b""
         for width in _WIDTHS:
             if width < image.width:
@@ -94,7 +96,7 @@ class Picture:
             elif data:
                 continue
             data = _webp(image)
-            if len(data) <= limit:
+            if len(data) * 4 / 3 + 30 <= limit:
                 break
         return Encoded(_address("image/webp", data), image.width, image.height, self.caption, self.alt)
 

@@ -17,7 +17,8 @@ from PIL import Image
 from ubgen.core.errors import UserError
 from ubgen.core.stage import Stage
 from ubgen.report.directories import find
-from ubgen.report.page import render, write_report
+from ubgen.report.page import _encoded_pictures, render, write_report
+from ubgen.report.parts import Picture, Row, Section
 
 VOID = {"meta", "link", "img", "br", "circle", "line", "rect", "polyline"}
 
@@ -255,7 +256,7 @@ def test_damaged_files_leave_a_sentence(write_dataset: Callable[..., Path], tmp_
     (out / "rejections.jsonl").write_text("{")
     (out / "classes.json").unlink()
     text = "".join(Page(render(find([out]), "r")).texts)
-    assert "the picture cannot be read" in text
+    assert "the picture cannot be shown" in text
     assert "rejections.jsonl cannot be read" in text
     assert "classes.json is missing" in text
 
@@ -271,6 +272,21 @@ def test_a_hundred_classes_stay_under_three_megabytes(
     html = render(find([out, *(tmp_path / "none").glob("*")]), "r")
     assert len(Page(html).tables["Classes of dataset"]) == 101
     assert len(html.encode()) < 3_000_000
+
+
+def test_large_pictures_make_room_and_small_ones_stay(
+    write_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (60, 100, 3), dtype=np.uint8))
+    large = Image.fromarray(rng.integers(0, 256, (200, 400, 3), dtype=np.uint8))
+    pictures = [Picture(small, "s", "small"), *(Picture(large, "l", "large") for _ in range(3))]
+    made = _encoded_pictures([Section("a", [pictures[0], Row(pictures[1:])])], most=150_000)
+    sizes = [len(made[id(picture)].address) for picture in pictures]
+    assert sum(len(picture.encoded(330_000).address) for picture in pictures) > 150_000
+    assert sum(sizes) <= 150_000
+    assert made[id(pictures[0])] == pictures[0].encoded(330_000)
+    assert min(sizes[1:]) > sizes[0]
 
 
 def test_colours_have_enough_contrast() -> None:
