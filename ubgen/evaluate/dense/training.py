@@ -106,10 +106,7 @@ class _Run:
     ) -> None:
         self.task, self.out, self.seed, self.process, self.console = task, out, seed, process, console
         self.settings, self.threads = task.settings, threads or len(sched_getaffinity(0))
-        if self.settings.batch_size % process.num_processes:
-            raise UserError(
-                f"--batch-size {self.settings.batch_size} is not a multiple of {process.num_processes} processes"
-            )
+        _require_batches(task, process)
         torch.manual_seed(seed)  # of the heads
         self.model = task.build(backbone).to(process.device)
         self.network: nn.Module = self.model
@@ -157,7 +154,7 @@ class _Run:
         end = self.total if stop_after is None else min(self.total, self.done + stop_after)
         self._announce()
         log = MetricsLog(self.out, self.done) if self.process.is_main_process else None
-        figures: dict[str, float] = {}
+        figures: dict[str, float] | None = None
         try:
             report(self.done, self.total)
             while self.done < end:
@@ -165,14 +162,14 @@ class _Run:
                 if self.done % self.epoch_updates == 0 or self.done == self.total:
                     figures = self._judge(log)
                 self._checkpoint()
-            if self.done == self.total and not figures:  # stopped between the last update and the end
+            if self.done == self.total and figures is None:  # stopped between the last update and the end
                 figures = self._judge(log)
         finally:
             if log is not None:
                 log.close()
         if self.done < self.total:
             raise Stopped
-        return figures
+        return figures or {}
 
     def _epoch(self, end: int, report: Report, log: MetricsLog | None) -> None:
         """From where the run stands to the end of the epoch, or to update `end`."""
@@ -243,6 +240,9 @@ class _Run:
         epoch = -(-self.done // self.epoch_updates)
         device = self.process.device
         self.model.eval()
+        if self.process.num_processes > 1:
+            for buffer in self.model.buffers():  # where batch normalisation is not synchronised, they differ
+                torch.distributed.broadcast(buffer, 0)
         figures: dict[str, float] = {}
         with self._autocast():
             if self.process.is_main_process:
@@ -269,6 +269,17 @@ class _Run:
         )
         if self.done:
             self.console.print(f"continuing after {self.done} of {self.total} updates")
+
+
+def _require_batches(task: Task, process: PartialState) -> None:
+    size, processes = task.settings.batch_size, process.num_processes
+    if size % processes:
+        raise UserError(f"--batch-size {size} is not a multiple of {processes} processes")
+    together = processes > 1 and process.device.type == "cuda"  # synchronised batch normalisation
+    if task.evaluation == "segment" and not together and size // processes < 2:
+        raise UserError(
+            f"--batch-size {size} on {processes} process(es): UPerNet's batch normalisation needs 2 images or more each"
+        )
 
 
 def _is_main(name: str) -> bool:
