@@ -30,7 +30,7 @@ from ubgen.measures.intervals import bootstrap_mean
 from ubgen.measures.probe import search_probe
 
 Figures = dict[str, dict[str, list[float | None]]]  # arm -> figure -> a value for each backbone
-FASHION = "fashion-mnist"
+FASHION = "fashionmnist"
 SEEDS, TRIALS = 2, 20
 
 
