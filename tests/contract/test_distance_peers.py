@@ -1,4 +1,8 @@
-"""Frechet distance and KID of the same features, by torch-fidelity."""
+"""Frechet distance and KID of the same features, by torch-fidelity.
+
+It is not installed with the other packages for development: it brings a top-level package `tests`, which hides ours
+from the processes that tests start.
+"""
 
 import numpy as np
 import pytest
