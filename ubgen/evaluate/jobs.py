@@ -93,7 +93,7 @@ def _stage(out: Path, backbone: Mapping[str, Any], overwrite: bool) -> Stage:
             identity,
             config=backbone,
             owns=_OWN,
-            has_work=lambda store: any(name == FIGURES for name in store.entries()),
+            has_work=lambda store: any(name in (FIGURES, TRAINING) for name in store.entries()),
             overwrite=overwrite,
         )
 

@@ -3,9 +3,9 @@
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +16,7 @@ from accelerate.utils import broadcast
 from rich.console import Console
 
 from ubgen.core.console import Report
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, install_extra
 from ubgen.evaluate.backbone import Backbone, load_backbone
 from ubgen.evaluate.dense.settings import DenseRun, DetectSettings, SegmentSettings, updates_per_epoch
 from ubgen.evaluate.dense.tasks import Task, open_detection, open_segmentation
@@ -34,11 +34,11 @@ def train_and_measure(run: DenseRun, settings: DetectSettings | SegmentSettings)
     Under `torchrun` or `accelerate launch` every process calls this; process 0 writes.
     """
     run.check()
-    _require_pycocotools()
     process = PartialState(cpu=run.device == "cpu" or not torch.cuda.is_available())
     seeds = range(run.seed, run.seed + run.seeds)
     tasks: Sequence[Task]
     if isinstance(settings, DetectSettings):
+        _require_pycocotools()
         tasks = open_detection(run.data, settings, run.fraction, seeds)
     else:
         tasks = open_segmentation(run.data, settings, run.fraction, seeds)
@@ -56,13 +56,8 @@ def train_and_measure(run: DenseRun, settings: DetectSettings | SegmentSettings)
 
 
 def _require_pycocotools() -> None:
-    from ubgen.core.errors import install_extra
-
-    with suppress(ImportError):
-        import pycocotools  # noqa: F401  # of the extra "dense"
-
-        return
-    raise UserError(f"detection needs pycocotools: {install_extra('dense')}")
+    if find_spec("pycocotools") is None:
+        raise UserError(f"detection needs pycocotools: {install_extra('dense')}")
 
 
 def _led(

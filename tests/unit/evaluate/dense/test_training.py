@@ -128,6 +128,8 @@ def test_an_unfinished_training_with_other_settings_is_kept(ade: Path, tmp_path:
     train_and_measure(run(ade, out, stop_after=2), SEGMENT)
     with pytest.raises(UserError, match=r"another configuration \(settings.lr was 0.01, now 0.02\)"):
         train_and_measure(run(ade, out), replace(SEGMENT, lr=0.02))
+    with pytest.raises(UserError, match=r"another configuration \(backbone was sha256"):
+        train_and_measure(replace(run(ade, out), backbone="random:test_resnet@2"), SEGMENT)
     train_and_measure(run(ade, out, stop_after=1, overwrite=True), replace(SEGMENT, lr=0.02))
     checkpoint = next((out / "training").iterdir()) / "checkpoint.pt"
     assert torch.load(checkpoint, weights_only=True)["done"] == 1
