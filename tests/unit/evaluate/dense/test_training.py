@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ubgen.cli.eval import main
+from ubgen.core.config import load_recipe
 from ubgen.core.errors import UserError
 from ubgen.core.metrics import read_metrics
 from ubgen.evaluate.backbone import load_backbone
 from ubgen.evaluate.dense.plan import train_and_measure
-from ubgen.evaluate.dense.settings import DenseRun, DetectSettings, SegmentSettings
+from ubgen.evaluate.dense.settings import DenseRecipe, DenseRun, DetectSettings, SegmentSettings
 from ubgen.evaluate.dense.tasks import Task, open_detection, open_segmentation
 from ubgen.evaluate.dense.training import batch_plan, loaded_ahead
 from ubgen.evaluate.results import stored
@@ -191,3 +193,33 @@ def test_two_processes_train_and_measure_together(coco: Path, ade: Path, tmp_pat
         alone = task.measure(network, torch.device("cpu"), (0, 1), map)
     assert found["updates"] == (4 if kind == "segment" else 2)
     assert found["figures"] == pytest.approx(alone, nan_ok=True)
+
+
+@pytest.mark.slow
+def test_both_tasks_learn_what_they_see(coco: Path, ade: Path, tmp_path: Path) -> None:
+    """Rectangles in three colours, and sky above earth, with a backbone that begins at random."""
+    detect = replace(
+        DETECT, batch_size=4, epochs=40, drops=(35,), warmup=10, anchor=16, channels=32, hidden=64, rois=32,
+        frozen_stages=0, frozen_norm=False, lr=0.08, evaluate_every=40,
+    )  # fmt: skip
+    segment = replace(SEGMENT, batch_size=4, iterations=60, channels=32, lr=0.04, evaluate_every=30)
+    found = train_and_measure(run(coco, tmp_path / "detect"), detect)[0].figures
+    assert found["box AP"].value > 25
+    assert found["mask AP"].value > 25
+    assert train_and_measure(run(ade, tmp_path / "segment"), segment)[0].main.value > 40
+
+
+def test_the_command_takes_its_defaults_from_the_recipe(
+    ade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = f"--recipe miniature --backbone random:test_resnet --data {ade} --device cpu --threads 1"
+    more = f"--out {tmp_path / 'out'} --iterations 3 --crop 64 --batch-size 2 --stop-after 1"
+    monkeypatch.setattr("sys.argv", ["ubgen-eval", "segment", *options.split(), *more.split()])
+    main()
+    (trained,) = (tmp_path / "out/training").iterdir()
+    settings = json.loads((trained / "run.json").read_text())["identity"]["settings"]
+    recipe = load_recipe("miniature", DenseRecipe, "dense").segment
+    given = {name: settings[name] for name in ("iterations", "crop", "batch_size")}
+    assert given == {"iterations": 3, "crop": 64, "batch_size": 2}
+    assert settings["channels"] == recipe.channels != SegmentSettings().channels
+    assert settings["long_side"] == recipe.long_side != SegmentSettings().long_side
