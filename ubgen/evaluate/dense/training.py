@@ -184,14 +184,15 @@ class _Run:
             for batch in islice(samples, last - self.done):
                 losses.append(self._update(batch))
                 self.done += 1
-                if self.done % _LOG_EVERY == 0 or self.done == last:
+                checkpoint = self.done % self.settings.checkpoint_every == 0
+                if self.done % _LOG_EVERY == 0 or self.done == last or checkpoint:
                     metrics = self._finite(losses)
                     losses = []
                     if log is not None:
                         log.write(self.done, "train", metrics)
                     note = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name != "lr")
                     report(self.done, self.total, note)
-                if self.done % self.settings.checkpoint_every == 0 and self.done < last:
+                if checkpoint and self.done < last:
                     self._checkpoint()
 
     def _samples(self, epoch: int, batches: list[np.ndarray]) -> Generator[list[Any], None, None]:
