@@ -13,7 +13,7 @@ from ubgen.core.stage import read_manifest
 from ubgen.dataset.text import plain
 from ubgen.evaluate.curves import draw_curves
 from ubgen.evaluate.results import WITHOUT_PREDICTIONS, Figure, Result, all_stored, predictions
-from ubgen.evaluate.tables import AVERAGE, TITLES, Grid, grids
+from ubgen.evaluate.tables import AVERAGE, TITLES, Grid, by_figure, grids
 from ubgen.measures.intervals import resampled_means
 
 
@@ -183,16 +183,12 @@ def compare(outs: Sequence[Path]) -> list[Grid]:
     shown = grids({name: all_stored(out) for name, out in zip(names, outs, strict=True)})
     compared = {name: differences(outs[0], out) for name, out in zip(names[1:], outs[1:], strict=True)}
     for evaluation, title in TITLES.items():
-        columns = list(
-            dict.fromkeys(
-                one.dataset for each in compared.values() for one in each if one.evaluation == evaluation
-            )
-        )
-        if columns:
-            rows = [[plain(name), *_row(each, evaluation, columns)] for name, each in compared.items()]
-            shown.append(
-                Grid(f"{title}: differences to {plain(names[0])}", ["backbone", *columns], rows, _NOTE)
-            )
+        cells = {
+            name: {one.dataset: one.text() for one in each if one.evaluation == evaluation}
+            for name, each in compared.items()
+        }
+        if any(cells.values()):
+            shown.append(by_figure(f"{title}: differences to {plain(names[0])}", cells, _NOTE))
     return shown
 
 
@@ -201,11 +197,6 @@ _NOTE = (
     '"Within noise": the interval holds 0. The intervals do not cover the chance of training; for that, train with '
     "several seeds. Of twenty differences that are none, one is expected outside its interval."
 )
-
-
-def _row(found: Sequence[Difference], evaluation: str, columns: Sequence[str]) -> list[str]:
-    texts = {one.dataset: one.text() for one in found if one.evaluation == evaluation}
-    return [texts.get(column, "") for column in columns]
 
 
 def _names(outs: Sequence[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tables of results: one row for each backbone, and the paper's rows in a table of their own below."""
+"""Tables of results: a column for each backbone, and the paper's figures in tables of their own below."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,7 +60,7 @@ class Grid:
 
 
 def grids(results: Mapping[str, Sequence[Result]]) -> list[Grid]:
-    """The tables of some backbones' results, given by the names of their rows."""
+    """The tables of some backbones' results, given by the backbones' names."""
     found = []
     for evaluation, title in TITLES.items():
         of_kind = {row: [r for r in each if r.evaluation == evaluation] for row, each in results.items()}
@@ -68,29 +68,37 @@ def grids(results: Mapping[str, Sequence[Result]]) -> list[Grid]:
             found.append(_measured(evaluation, title, of_kind))
             if evaluation == "bias":
                 found.append(_counts(of_kind))
-            found.extend(_papers(evaluation, {r.dataset for each in of_kind.values() for r in each}))
+            found.extend(
+                _papers(evaluation, {r.dataset for each in of_kind.values() for r in each if not _is_ours(r)})
+            )
     return found
 
 
 def _measured(evaluation: str, title: str, results: Mapping[str, Sequence[Result]]) -> Grid:
-    cells = {row: dict(_cells(evaluation, each)) for row, each in results.items()}
-    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
-    rows = [[plain(row), *(cells[row].get(column, "") for column in columns)] for row in cells]
-    note = (
-        "In percent, means over the seeds." if evaluation in _TRAINED else "In percent, with 95 % intervals."
-    )
-    return Grid(title, ["backbone", *columns], rows, note)
+    cells = {name: dict(_cells(evaluation, each)) for name, each in results.items()}
+    trained = evaluation in _TRAINED
+    note = "In percent, means over the seeds." if trained else "In percent, with 95 % intervals."
+    return by_figure(title, cells, note)
 
 
 def _counts(results: Mapping[str, Sequence[Result]]) -> Grid:
     """What the figures of bias are made from: decisions by shape and by texture, sizes of partitions."""
     cells = {
-        row: {f"{r.dataset} {k}": f"{v:,}" for r in each for k, v in r.counts.items()}
-        for row, each in results.items()
+        name: {
+            f"{result.dataset} {what}": f"{count:,}"
+            for result in each
+            for what, count in result.counts.items()
+        }
+        for name, each in results.items()
     }
-    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
-    rows = [[plain(row), *(cells[row].get(column, "") for column in columns)] for row in cells]
-    return Grid("Bias: counts", ["backbone", *columns], rows)
+    return by_figure("Bias: counts", cells)
+
+
+def by_figure(title: str, cells: Mapping[str, Mapping[str, str]], note: str = "") -> Grid:
+    """A row for each figure and a column for each backbone, of which there are fewer. `cells`: backbone -> figure."""
+    figures = list(dict.fromkeys(figure for each in cells.values() for figure in each))
+    rows = [[plain(figure), *(each.get(figure, "") for each in cells.values())] for figure in figures]
+    return Grid(title, ["", *(plain(name) for name in cells)], rows, note)
 
 
 def _cells(evaluation: str, results: Sequence[Result]) -> Iterable[tuple[str, str]]:
@@ -110,6 +118,11 @@ def _average(results: Sequence[Result]) -> Iterable[tuple[str, str]]:
     if len(values) > 1:
         known = [value for value in values if value is not None]
         yield AVERAGE, Figure(fmean(known) if len(known) == len(values) else None).text()
+
+
+def _is_ours(result: Result) -> bool:
+    """Whether it was measured on the miniature's stand-in for the paper's dataset."""
+    return str(result.details.get("mapping", "")).endswith("-miniature")
 
 
 def _papers(evaluation: str, datasets: set[str]) -> Iterable[Grid]:

@@ -1,6 +1,7 @@
 """Differences of two backbones, paired by test image."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ubgen.core.errors import UserError
 from ubgen.evaluate.compare import compare, differences, paired, units
 from ubgen.evaluate.jobs import Job, run_jobs
 from ubgen.evaluate.results import Figure, Result
-from ubgen.evaluate.tables import paper, write_tables
+from ubgen.evaluate.tables import grids, paper, write_tables
 from ubgen.measures.bias import background_gap, context_score, shape_bias
 
 
@@ -158,8 +159,11 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
 def test_the_papers_rows_stand_in_a_table_of_their_own(tmp_path: Path) -> None:
     out = write(tmp_path / "one", as_result("dtd", accuracy_columns(np.ones(5, bool))))
     measured, printed = (out / "results.md").read_text().split("## The paper's figures, not measured here", 1)
-    assert "| x | 100.0 |" in measured
+    assert "| dtd | 100.0 |" in measured
     assert "IN-ubGen" not in measured
     assert "| ResNet50, IN-ubGen | 72.8 | 73.2 |" in printed
+    ours = Result("bias", "in9", {"gap": Figure(5.0)}, details={"mapping": "in9-miniature"})
+    assert len(grids({"x": [ours]})) == 2  # the miniature's figures are not beside the paper's
+    assert len(grids({"x": [replace(ours, details={"mapping": "in9-imagenet1k"})]})) == 3
     for table in paper().values():
         assert all(set(row["figures"]) == set(table["columns"]) for row in table["rows"])
