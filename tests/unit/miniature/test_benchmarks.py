@@ -68,9 +68,15 @@ def test_each_file_is_what_the_seed_and_its_number_say(written: Path) -> None:
             path = Path(dataset.name, name)
             again[path] = content if isinstance(content, bytes) else encode(content, path.suffix)
     found = {path.relative_to(written): path for path in written.rglob("[!.]*") if path.is_file()}
-    assert set(found) - set(again) == {Path("run.json"), Path("manifest.json")}
+    assert set(found) - set(again) == {Path("run.json"), Path("manifest.json"), Path("benchmarks.json")}
     for path, content in again.items():
         assert found[path].read_bytes() == content, path
+
+
+def test_what_each_is_for_is_written_beside_them(written: Path) -> None:
+    suite = json.loads((written / "benchmarks.json").read_text())
+    assert {kind: len(names) for kind, names in suite.items()} == {"transfer": 6, "bias": 3, "val": 2}
+    assert all((written / name).is_dir() for names in suite.values() for name in names)
 
 
 def test_more_pictures_begin_with_the_same_ones() -> None:
