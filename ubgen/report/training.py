@@ -16,8 +16,15 @@ _FINE_TUNING = {
     "Loss": ["loss"],
     "CLIP similarity": ["clip_similarity", "grid_clip_similarity"],
     "Q-Align score": ["quality", "grid_quality"],
-    "Losses (unweighted)": ["loss_entire", "loss_individual", "loss_quality", "loss_class"],
-    "Discriminator: share that it tells right": ["discriminator_accuracy"],
+    "Losses (unweighted)": ["loss_entire", "loss_individual", "loss_quality"],
+    "Class-level losses (unweighted)": ["loss_class_mean", "loss_class_spread"],
+    "Bias of the grids": ["grid_biased_background", "grid_class_accuracy"],
+    "Variety of the grids": ["grid_background_entropy", "grid_within_class_variance"],
+    "Distance from the base generator's predictions": ["base_distance"],
+    "Discriminator: share that it tells right": [
+        "discriminator_accuracy",
+        "discriminator_held_back_accuracy",
+    ],
     "Norm of the gradient": ["generator_grad_norm", "discriminator_grad_norm"],
     "Images per second": ["images_per_second"],
 }
