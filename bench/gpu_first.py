@@ -439,6 +439,8 @@ def update(qalign: Path, precision: str, out: Path, small: bool) -> Mapping[str,
         "--stop-after": 2,
     }
     options["--discriminator.warmup-updates"] = 1
+    # the paper's adversary; the class-level terms, which the recipe has, need a longer warm-up
+    options |= {"--losses.entire": 1, "--losses.class-mean": 0, "--losses.class-spread": 0}
     if small:
         options |= {"--device": "cpu", "--batch-size": 2, "--rollout.steps": 2, "--rollout.grad-steps": 1}
     words = [str(word) for option in options.items() for word in option]
