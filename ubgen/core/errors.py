@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
@@ -27,6 +28,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Out of memory, on the GPU or on the host, is a UserError that ends with `advice`: the options that help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory ({first_line(error)}); {advice}") from error
 
 
 class Warned(UserWarning):

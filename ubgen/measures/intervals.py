@@ -38,14 +38,6 @@ def bootstrap_mean(
     return interval(float(column.mean()), resampled_means(column, resamples, seed)[:, 0], level)
 
 
-def bootstrap_difference(
-    a: ArrayLike, b: ArrayLike, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
-) -> Interval:
-    """mean(a) - mean(b) of the same samples (N,) in the same order, resampled in pairs."""
-    pairs = np.asarray(a, np.float64) - np.asarray(b, np.float64)
-    return bootstrap_mean(pairs, resamples=resamples, level=level, seed=seed)
-
-
 def bootstrap_mean_per_class(
     values: ArrayLike,
     labels: ArrayLike,

@@ -1,4 +1,6 @@
-"""Draws of samples class by class. Each is determined by the labels and a seed."""
+"""Draws of samples, class by class or by name. Each is determined by the labels or names, and a seed."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -56,6 +58,16 @@ def apportion(labels: ArrayLike, total: int) -> np.ndarray:
     up = np.argsort(counts - exact, kind="stable")[: total - counts.sum()]
     counts[up] += 1
     return counts
+
+
+def image_share(names: Sequence[str], fraction: float, seed: int) -> np.ndarray:
+    """Sorted indices of a share of the images, at least one: round(fraction x number) of them.
+
+    Of one seed, a smaller share is part of every larger one. The draw depends on the names, not on their order.
+    """
+    by_name = np.array(sorted(range(len(names)), key=names.__getitem__))
+    shuffled = np.random.default_rng([seed, 0xF2AC]).permutation(by_name)
+    return np.sort(shuffled[: max(1, round(fraction * len(names)))])
 
 
 def _classes(labels: ArrayLike) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ubgen.core.config import to_dict
 from ubgen.core.console import progress
-from ubgen.core.errors import UserError, first_line, is_out_of_memory
+from ubgen.core.errors import UserError, memory_errors
 from ubgen.core.metrics import METRICS_FILE, TENSORBOARD, MetricsLog
 from ubgen.core.stage import Stage
 from ubgen.loading.decode import BrokenSample, EvaluationTransform
@@ -70,7 +70,7 @@ def run_pretraining(
         if broadcast(finished).item():
             console.print(f"{out}: finished already; nothing to do")
             return True
-        with memory_errors(config):
+        with memory_errors(memory_advice(config)):
             run = Run(config, inputs, out, process, console)
             if stage is not None:
                 stage.begin()
@@ -100,18 +100,12 @@ def _stage(config: PretrainConfig, inputs: Inputs, out: Path, processes: int, ov
     )
 
 
-@contextmanager
-def memory_errors(config: PretrainConfig) -> Iterator[None]:
-    """Out of memory, on the GPU or on the host, is a UserError that names the options."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory ({first_line(error)}); lower --micro-batch (at most {config.micro_batch} images at "
-            "once), which keeps the batch size by accumulation, or --image-size"
-        ) from error
+def memory_advice(config: PretrainConfig) -> str:
+    """Which options take less memory."""
+    return (
+        f"lower --micro-batch (at most {config.micro_batch} images at once), which keeps the batch size by "
+        "accumulation, or --image-size"
+    )
 
 
 class Run:

@@ -20,11 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ubgen.core.config import load_recipe
-from ubgen.core.errors import UserError
+from ubgen.core.errors import UserError, memory_errors
 from ubgen.core.probes import dali
 from ubgen.core.stage import read_manifest
 from ubgen.pretrain import PretrainConfig, pretrain
-from ubgen.pretrain.loop import memory_errors
 
 WEIGHTS = ("model.safetensors", "model_ema.safetensors")
 
@@ -237,8 +236,8 @@ def test_out_of_memory_names_the_batch_options(
     assert not (tmp_path / "skipped.txt").exists()
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(config: PretrainConfig) -> None:
-    with pytest.raises(RuntimeError, match="another"), memory_errors(config):
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="another"), memory_errors("wait"):
         raise RuntimeError("another")
 
 

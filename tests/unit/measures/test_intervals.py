@@ -7,7 +7,6 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from ubgen.measures import intervals
 from ubgen.measures.intervals import (
-    bootstrap_difference,
     bootstrap_mean,
     bootstrap_mean_per_class,
     interval,
@@ -51,16 +50,6 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
         found = bootstrap_mean(rng.random(200) < 0.8, resamples=300, seed=seed)
         covered += found.low <= 0.8 <= found.high
     assert 0.90 <= covered / 300 <= 0.98
-
-
-def test_a_difference_of_the_same_samples_is_paired() -> None:
-    a = np.random.default_rng(0).random(500) < 0.7
-    b = a.copy()
-    b[:10] = ~b[:10]
-    paired = bootstrap_difference(a, b)
-    assert paired.value == pytest.approx(a.mean() - b.mean())
-    assert paired.high - paired.low < 4 * np.sqrt(10) / 500
-    assert bootstrap_difference(a, a) == (0, 0, 0)
 
 
 def test_the_mean_over_classes_resamples_all_samples_together() -> None:

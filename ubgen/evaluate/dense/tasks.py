@@ -17,7 +17,6 @@ from ubgen.evaluate.dense.ade20k import AdeImages, open_ade20k
 from ubgen.evaluate.dense.coco import CocoImages, open_coco
 from ubgen.evaluate.dense.detection import build_mask_rcnn
 from ubgen.evaluate.dense.figures import average_precision, confusion, segmentation_figures
-from ubgen.evaluate.dense.fractions import image_share
 from ubgen.evaluate.dense.pictures import fixed_images, sheet, with_classes, with_objects
 from ubgen.evaluate.dense.segmentation import UperNet
 from ubgen.evaluate.dense.settings import (
@@ -29,6 +28,7 @@ from ubgen.evaluate.dense.settings import (
 )
 from ubgen.evaluate.dense.stages import as_tensor
 from ubgen.evaluate.dense.transforms import fitted_size, flipped, resized, training_crop
+from ubgen.measures.splits import image_share
 
 _LR_BATCH = 16  # images that the learning rates are given for
 Loaded = Callable[[Callable[[int], Any], Iterable[int]], Iterator[Any]]

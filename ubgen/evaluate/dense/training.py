@@ -4,9 +4,9 @@ import hashlib
 import io
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from itertools import islice
 from os import sched_getaffinity
@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ubgen.core.console import Report
-from ubgen.core.errors import UserError, first_line, is_out_of_memory
+from ubgen.core.errors import UserError, first_line, memory_errors
 from ubgen.core.files import atomic_write, replacing
 from ubgen.core.metrics import METRICS_FILE, TENSORBOARD, MetricsLog
 from ubgen.core.stage import Stage, read_manifest
@@ -34,6 +34,10 @@ from ubgen.evaluate.dense.tasks import Task
 CHECKPOINT, WEIGHTS, PICTURES = "checkpoint.pt", "model.safetensors", "pictures"
 _OWN = (CHECKPOINT, WEIGHTS, PICTURES, METRICS_FILE, TENSORBOARD)
 _LOG_EVERY = 10  # updates
+_MEMORY = (
+    "lower --batch-size (the learning rate follows it), or use more processes, --precision bf16, or a lower "
+    "--short-side"
+)
 _AHEAD = 3  # batches that are in work while one is used
 _PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -79,7 +83,7 @@ def train(
         if stage is not None:
             stage.begin()
         process.wait_for_everyone()
-        with _memory_errors():
+        with memory_errors(_MEMORY):
             run = _Run(task, backbone, out, seed, process, threads, console or Console(quiet=True))
             figures = run.play(report, stop_after)
         if stage is not None:
@@ -331,16 +335,3 @@ def seed_everything(seed: int, update: int, rank: int) -> None:
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value % 2**63)
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory ({first_line(error)}); lower --batch-size (the learning rate follows it), or use more "
-            "processes, --precision bf16, or a lower --short-side"
-        ) from error

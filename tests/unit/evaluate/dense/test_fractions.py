@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from ubgen.core.errors import UserError
-from ubgen.evaluate.dense.fractions import image_share
 from ubgen.evaluate.dense.settings import (
     DenseRun,
     DetectSettings,
@@ -15,6 +14,7 @@ from ubgen.evaluate.dense.settings import (
     segmentation_updates,
     updates_per_epoch,
 )
+from ubgen.measures.splits import image_share
 
 NAMES = [f"{i:012}.jpg" for i in range(1000)]
 
