@@ -24,11 +24,8 @@ from ubgen.core.stage import MANIFEST
 Options = dict[str, float]
 Measures = dict[str, float]
 
-BASE = "base"
-RATES: Options = {"generator.lr": 2e-4, "discriminator.lr": 1e-4}  # the paper's times 10
-NOT_OURS: Options = {"losses.class-mean": 0, "losses.class-spread": 0, "losses.trust": 0, "generator.ema": 0}
-EQ8: Options = {"losses.entire": 1, "losses.individual": 1, "losses.quality": 0.1} | RATES | NOT_OURS
-OURS: Options = {"losses.entire": 0, "losses.quality": 2, "generator.ema": 0.95} | RATES
+BASE, EQ8 = "base", "miniature-eq8"
+OURS: Options = {"losses.entire": 0, "losses.quality": 2, "generator.ema": 0.95, "generator.lr": 2e-4}
 CANDIDATES: dict[str, Options] = {
     "a": OURS | {"losses.class-mean": 5, "losses.class-spread": 1, "losses.individual": 10},
     "b": OURS | {"losses.class-mean": 2, "losses.class-spread": 0.5, "losses.individual": 10},
@@ -78,6 +75,7 @@ class Trial:
     noise: int = 3000
     updates: int = 0
     options: Options = field(default_factory=dict)
+    recipe: str = "miniature"
 
     def trained(self, work: Path) -> Path:
         return work / f"{self.name}-{self.seed}"
@@ -95,7 +93,7 @@ class Trial:
                 program = Path(sys.executable).parent / "ubgen-train"
                 options = [f"--{name}={value}" for name, value in self.options.items()]
                 options += ["--seed", str(self.seed), "--max-updates", str(self.updates)]
-                subprocess.run([program, "--recipe", "miniature", *options, "--out", trained], check=True)
+                subprocess.run([program, "--recipe", self.recipe, *options, "--out", trained], check=True)
             generator = ["--no-base", "--lora", trained]
         noise = ["--per-class", str(given.per_class), "--seed", str(self.noise)]
         measure = [sys.executable, "-m", "ubgen.miniature.measure", *generator, *noise]
@@ -150,26 +148,28 @@ def missed(base: Measures, row: Measures) -> float:
     return sum(max(0.0, least - row[name]) / base[name] for name, least in kept.items())
 
 
-def arms(options: Options) -> dict[str, Options]:
-    """Every arm but the base generator; `options` are the recommended ones."""
+def arms(options: Options) -> dict[str, tuple[str, Options]]:
+    """Every arm but the base generator: its recipe, and what is changed there. `options` are the recommended ones."""
     return {
-        "eq8": EQ8,
-        RECOMMENDED: options,
-        f"{RECOMMENDED}-adversary": options | {"losses.entire": 1},
-        "eq8-no-entire": EQ8 | {"losses.entire": 0},
-        "eq8-no-individual": EQ8 | {"losses.individual": 0},
-        "eq8-no-quality": EQ8 | {"losses.quality": 0},
+        "eq8": (EQ8, {}),
+        RECOMMENDED: ("miniature", options),
+        f"{RECOMMENDED}-adversary": ("miniature", options | {"losses.entire": 1}),
+        "eq8-no-entire": (EQ8, {"losses.entire": 0}),
+        "eq8-no-individual": (EQ8, {"losses.individual": 0}),
+        "eq8-no-quality": (EQ8, {"losses.quality": 0}),
     }
 
 
 def final(given: Arguments) -> list[Trial]:
     """The base generator, then seed by seed every arm. Without a choice there are no recommended arms."""
     name = chosen(given)
-    options = arms(CANDIDATES.get(name or "", {}))
+    found = arms(CANDIDATES.get(name or "", {}))
     if name is None:
-        options = {arm: found for arm, found in options.items() if not arm.startswith(RECOMMENDED)}
+        found = {arm: made for arm, made in found.items() if not arm.startswith(RECOMMENDED)}
     runs = [
-        Trial(arm, seed, 3000, given.updates, found) for seed in given.seeds for arm, found in options.items()
+        Trial(arm, seed, 3000, given.updates, options, recipe)
+        for seed in given.seeds
+        for arm, (recipe, options) in found.items()
     ]
     return [Trial(BASE), *runs]
 

@@ -10,7 +10,7 @@ from ubgen.train.config import accumulation, validate
 CONFIG = TrainConfig(networks=NetworkPaths("sd", "clip", "qalign"), classes="imagenet1k")
 
 
-@pytest.mark.parametrize("name", ["miniature", "sd15-imagenet1k"])
+@pytest.mark.parametrize("name", ["miniature", "miniature-eq8", "sd15-imagenet1k"])
 def test_shipped_recipes_are_valid(name: str) -> None:
     validate(load_recipe(name, TrainConfig))
 
