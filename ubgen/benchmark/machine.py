@@ -1,9 +1,11 @@
 """Where a figure was measured: device, driver, versions, threads, settings that change speed; and peak memory."""
 
+import multiprocessing
 import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,3 +133,12 @@ def peak_by_device(device: str | torch.device = "cpu") -> dict[str, int]:
     if torch.device(device).type == "cuda":
         peak["gpu_by_torch"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process's threads, and of its children that run."""
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total

@@ -1,7 +1,5 @@
 """`ubgen-bench pretrain`: augmented images per second of the loaders, beside timm's, with the same transforms."""
 
-import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ubgen.benchmark.loaders import OURS, TIMM, sides
-from ubgen.benchmark.machine import describe, machine_record
+from ubgen.benchmark.machine import cpu_seconds, describe, machine_record
 from ubgen.benchmark.table import Table, number, write_result
 from ubgen.core.errors import UserError
 from ubgen.core.probes import Probe
@@ -174,16 +172,7 @@ def _measure(sizes: Iterator[int], batches: int, workers: int) -> Turn:
     with closing(sizes):  # type: ignore[type-var]  # all are generators
         for _ in islice(sizes, 1 + _PREFETCHED * workers):
             pass
-        begun, used = time.perf_counter(), _cpu_seconds()
+        begun, used = time.perf_counter(), cpu_seconds()
         images = sum(islice(sizes, batches))
-        seconds, used = time.perf_counter() - begun, _cpu_seconds() - used
+        seconds, used = time.perf_counter() - begun, cpu_seconds() - used
     return Turn(images / seconds, 1000 * used / images)
-
-
-def _cpu_seconds() -> float:
-    """Of this process's threads, and of its children that run."""
-    total = time.process_time()
-    for child in multiprocessing.active_children():
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total

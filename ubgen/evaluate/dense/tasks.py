@@ -121,7 +121,7 @@ class Detection:
         pixels, target = self.training.pixels(index), self.training.target(index)
         if rng.uniform() < 0.5:
             pixels, target = flipped(pixels, target)
-        return as_tensor(pixels), {key: torch.from_numpy(np.array(value)) for key, value in target.items()}
+        return as_tensor(pixels), {key: torch.from_numpy(value) for key, value in target.items()}
 
     def losses(self, network: nn.Module, samples: list[Any], device: torch.device) -> dict[str, Tensor]:
         images = [image.to(device, non_blocking=True) for image, _ in samples]

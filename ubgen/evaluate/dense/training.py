@@ -4,7 +4,7 @@ import hashlib
 import io
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from functools import partial
@@ -184,7 +184,7 @@ class _Run:
         )
         mine = [batch[self.process.process_index :: self.process.num_processes] for batch in batches]
         losses: list[dict[str, torch.Tensor]] = []
-        with closing(self._samples(epoch, mine[begun:])) as samples:
+        with closing(loaded_batches(self.task, mine[begun:], self.seed, epoch, self.threads)) as samples:
             for batch in islice(samples, last - self.done):
                 losses.append(self._update(batch))
                 self.done += 1
@@ -198,19 +198,6 @@ class _Run:
                     report(self.done, self.total, note)
                 if checkpoint and self.done < last:
                     self._checkpoint()
-
-    def _samples(self, epoch: int, batches: list[np.ndarray]) -> Generator[list[Any], None, None]:
-        """A sample's random numbers come from the seed, the epoch and the image alone."""
-
-        def load(position: int) -> Any:
-            index = int(self.task.chosen[position])
-            return self.task.sample(index, np.random.default_rng([self.seed, epoch, index]))
-
-        with closing(
-            loaded_ahead(load, np.concatenate(batches).tolist(), self.threads, _AHEAD * len(batches[0]))
-        ) as one:
-            for batch in batches:
-                yield list(islice(one, len(batch)))
 
     def _update(self, samples: list[Any]) -> dict[str, torch.Tensor]:
         seed_everything(self.seed, self.done, self.process.process_index)
@@ -309,6 +296,25 @@ def batch_plan(
     if rest:
         rest[-1] = np.concatenate([rest[-1], np.resize(order, size - len(rest[-1]))])
     return [*whole, *rest]
+
+
+def loaded_batches(
+    task: Task, batches: Sequence[np.ndarray], seed: int, epoch: int, threads: int
+) -> Generator[list[Any], None, None]:
+    """The samples of each batch of positions in `task.chosen`, by threads that work ahead.
+
+    A sample's random numbers come from the seed, the epoch and the image alone.
+    """
+
+    def load(position: int) -> Any:
+        index = int(task.chosen[position])
+        return task.sample(index, np.random.default_rng([seed, epoch, index]))
+
+    with closing(
+        loaded_ahead(load, np.concatenate(batches).tolist(), threads, _AHEAD * len(batches[0]))
+    ) as one:
+        for batch in batches:
+            yield list(islice(one, len(batch)))
 
 
 def loaded_ahead(
