@@ -7,7 +7,7 @@ NATIVE := CMakeLists.txt $(wildcard kernels/include/ubgen/*.h kernels/src/* kern
 
 MAKEFLAGS += --no-print-directory
 
-.PHONY: test slow quickstart install lint format kernels sanitize clean
+.PHONY: test slow quickstart reproduce install lint format kernels sanitize clean
 
 # One process per core, each with one thread: small networks gain little from a second thread. Slow folders come first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
@@ -20,6 +20,11 @@ slow: install
 
 quickstart: install
 	$(BIN)/python -m ubgen.cli.quickstart
+
+# Tables 1, 3 and 4 of the paper in miniature: hours, or with SIZE=small every path in minutes. Run again, it continues.
+SIZE := whole
+reproduce: install
+	$(BIN)/python bench/reproduce/run.py --size $(SIZE)
 
 install: $(STAMP)
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from ubgen.core.classes import load_classes
 from ubgen.core.config import load_recipe
 from ubgen.core.errors import UserError, run
-from ubgen.dataset import encode_image, open_dataset
+from ubgen.dataset import encode_image
 from ubgen.diffusion import load_stable_diffusion
-from ubgen.miniature.measure import WEIGHTS, Judge, generate, table
+from ubgen.miniature.measure import WEIGHTS, Judge, generate, stored_images, table
 from ubgen.train import TrainConfig
 
 REAL_RUN = """The same with Stable Diffusion 1.5, once its weights lie in a local directory:
@@ -81,7 +81,6 @@ def quickstart(given: Arguments) -> None:
     ]
     stage(console, dataset, synth)
     console.print("\nThe base generator on the same classes and the same noise, for comparison:")
-    made = list(open_dataset(dataset))
     names = load_classes("miniature").names
     base_images, base_names = generate(
         load_stable_diffusion(f"{WEIGHTS}/stable-diffusion"), names, given.per_class, seed=0
@@ -89,7 +88,7 @@ def quickstart(given: Arguments) -> None:
     judge = Judge()
     rows = {
         "base generator": judge.measure(_as_stored(base_images), base_names),
-        "dataset": judge.measure(np.stack([np.asarray(s.image) for s in made]), [s.class_name for s in made]),
+        "dataset": judge.measure(*stored_images(dataset)),
     }
     console.print(
         table(rows, f"Before and after {given.updates} updates, {given.per_class} images per class")

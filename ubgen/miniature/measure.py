@@ -2,7 +2,11 @@
 
     python -m ubgen.miniature.measure --lora runs/train --per-class 100
 
-compares the base generator with a fine-tuned one on the same noise.
+compares the base generator with a fine-tuned one on the same noise, and
+
+    python -m ubgen.miniature.measure --no-base --dataset runs/dataset --dataset runs/benchmarks/train-biased
+
+measures images that are there already.
 """
 
 import json
@@ -35,6 +39,9 @@ from ubgen.diffusion import (
     load_stable_diffusion,
     sample,
 )
+from ubgen.loading.decode import decode as decode_image
+from ubgen.loading.imageset import open_image_set
+from ubgen.miniature.backgrounds import SIZE
 from ubgen.miniature.networks import Oracle
 from ubgen.miniature.shapes import CLASSES
 from ubgen.miniature.world import SCENES, biased_scene
@@ -165,10 +172,12 @@ def table(rows: dict[str, Measures], title: str) -> Table:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measure the miniature's base generator and fine-tuned ones on the same seeds."""
+    """Measure the miniature's base generator and fine-tuned ones on the same seeds, or images of any origin."""
 
     lora: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
     """Directory of a training run; may be given several times."""
+    dataset: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """A ubgen dataset or image folder of classes of the miniature; may be given several times. Nothing is generated."""
     per_class: int = 100
     """Images per class and generator."""
     seed: int = 1000
@@ -186,8 +195,10 @@ def check(given: Arguments) -> None:
     for option, value in (("--per-class", given.per_class), ("--batch", given.batch)):
         if value < 1:
             raise UserError(f"{option} must be at least 1, not {value}")
-    if not (given.base or given.lora):
-        raise UserError("--no-base leaves nothing to measure; name a training run with --lora")
+    if not (given.base or given.lora or given.dataset):
+        raise UserError(
+            "--no-base leaves nothing to measure; name a training run with --lora, or a --dataset"
+        )
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
 
@@ -201,11 +212,38 @@ def generators(given: Arguments) -> dict[str, StableDiffusion]:
     return loaded
 
 
+def stored_images(where: Path) -> tuple[np.ndarray, list[str]]:
+    """uint8 (N, 64, 64, 3) and the class of each image of a dataset.
+
+    UserError for a class that the miniature does not have, and for images of another size.
+    """
+    found = open_image_set(where)
+    if strange := [name for name in found.class_ids if name not in CLASSES]:
+        raise UserError(f"{where}: {strange[0]!r} is no class of the miniature")
+    images = [decode_image(found.read(i)) for i in range(len(found))]
+    if odd := [i for i, image in enumerate(images) if image.shape != (SIZE, SIZE, 3)]:
+        height, width = images[odd[0]].shape[:2]
+        raise UserError(f"{found.describe(odd[0])}: {width}x{height} pixels; expected {SIZE}x{SIZE}")
+    return np.stack(images), [found.class_ids[label] for label in found.labels]
+
+
+def by_class(images_NHW3: np.ndarray, names: Sequence[str], rows: int) -> Image.Image:
+    """A contact sheet with a column for each class, in the order of their names, and its first images below."""
+    columns = [[i for i, own in enumerate(names) if own == name][:rows] for name in dict.fromkeys(names)]
+    depth = min(map(len, columns))
+    return contact_sheet(images_NHW3[[c[row] for row in range(depth) for c in columns]], len(columns), depth)
+
+
 def compare(given: Arguments) -> dict[str, Measures]:
     check(given)
     names = load_classes("miniature").names
+    stored = {str(where): stored_images(where) for where in given.dataset}
     judge = Judge()
     results = {}
+    for name, (images, labels) in stored.items():
+        results[name] = judge.measure(images, labels)
+        if given.out:
+            by_class(images, labels, 8).save(given.out / f"{Path(name).name}.png")
     for name, sd in generators(given).items():
         images, labels = generate(sd, names, given.per_class, given.seed, batch=given.batch)
         results[name] = judge.measure(images, labels)
@@ -223,7 +261,7 @@ def show() -> None:
     Console().print(
         table(
             compare(given),
-            f"oracle, CLIP and Q-Align on {given.per_class} images per class (ln 8 = {math.log(8):.2f})",
+            f"oracle, CLIP and Q-Align (ln 8 = {math.log(8):.2f})",
         )
     )
 

@@ -35,15 +35,15 @@ _ODD = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 _MARK = "<!-- made by ubgen-report -->"
 
 
-def write_report(paths: Sequence[Path], out: Path, title: str) -> Found:
-    """Write the report on `paths` to the file `out`; returns what was found there.
+def write_report(paths: Sequence[Path], out: Path, title: str, first: Sequence[Section] = ()) -> Found:
+    """Write the report on `paths` to the file `out`, after the sections `first`; returns what was found there.
 
     An earlier report is replaced. UserError if `out` cannot be written or is another file, a path does not exist, or
     none of them is a finished stage directory.
     """
     _check(out)
     found = find(paths)
-    atomic_write(out, render(found, title))
+    atomic_write(out, render(found, title, first))
     return found
 
 
@@ -56,15 +56,15 @@ def _check(out: Path) -> None:
                 raise UserError(f"--out {out} exists and is not a report; choose another --out, or remove it")
 
 
-def render(found: Found, title: str) -> str:
+def render(found: Found, title: str, first: Sequence[Section] = ()) -> str:
     """The whole page as HTML, which needs no other file."""
-    sections = []
+    sections = list[Section]()
     for stage, write in _STAGES.items():
         if directories := found.of(stage):
             sections += _written(found, write, directories)
         if stage == "synth" and found.stats:
             sections.append(measures(found.stats))
-    sections.insert(0, overview(found))
+    sections = [*first, overview(found), *sections]
     pictures = _encoded_pictures(sections)
     script = _asset("page.js")
     environment = Environment(

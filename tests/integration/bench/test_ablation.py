@@ -127,9 +127,11 @@ def test_every_arm_is_a_valid_recipe(script: ModuleType) -> None:
     from ubgen.train.config import validate
 
     losses = {}
-    every = script.arms(script.CANDIDATES["a"]) | script.CANDIDATES
-    for arm, options in every.items():
-        config = parse([f"--{name}={value}" for name, value in options.items()]).config
+    every = script.arms(script.CANDIDATES["a"])
+    every |= {name: ("miniature", options) for name, options in script.CANDIDATES.items()}
+    for arm, (recipe, options) in every.items():
+        changes = [f"--{name}={value}" for name, value in options.items()]
+        config = parse(["--recipe", recipe, *changes]).config
         validate(config)
         losses[arm] = config.losses
     assert (losses["eq8"].entire, losses["eq8"].individual, losses["eq8"].quality) == (1, 1, 0.1)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ubgen.core.config import resolve_path
 from ubgen.core.errors import UserError
@@ -17,6 +18,7 @@ from ubgen.miniature.measure import (
     entropy,
     generate,
     mutual_information,
+    stored_images,
 )
 from ubgen.miniature.shapes import CLASSES
 from ubgen.miniature.world import biased_world, fair_world, render_many
@@ -59,6 +61,34 @@ def test_wrong_labels_lower_accuracy_and_similarity(judge: Judge) -> None:
     wrong = judge.measure(images, [CLASSES[(f.label + 1) % 20] for f in factors])
     assert wrong.class_accuracy < 0.1 < right.class_accuracy
     assert wrong.clip_similarity < right.clip_similarity - 0.1
+
+
+def write_images(root: Path, images: np.ndarray, names: list[str]) -> None:
+    for i, (image, name) in enumerate(zip(images, names, strict=True)):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(root / name / f"{i}.png")
+
+
+def test_images_of_a_folder_are_measured_as_they_are(judge: Judge, tmp_path: Path) -> None:
+    images, factors = render_many(biased_world(), 20, seed=53)
+    names = [CLASSES[f.label] for f in factors]
+    write_images(tmp_path / "data", images, names)
+    found = compare(Arguments(base=False, dataset=(tmp_path / "data",), out=tmp_path / "out"))
+    expected, measured = vars(judge.measure(images, names)), vars(found[str(tmp_path / "data")])
+    assert measured == pytest.approx(expected, rel=1e-5), "the order of the images is another"
+    assert json.loads((tmp_path / "out/measures.json").read_text())[str(tmp_path / "data")] == measured
+    with Image.open(tmp_path / "out/data.png") as sheet:
+        assert sheet.width == 64 * len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "reason"),
+    [("tench", 64, "'tench' is no class of the miniature"), ("disc", 32, "32x32 pixels; expected 64x64")],
+)
+def test_images_that_are_not_the_miniatures(name: str, size: int, reason: str, tmp_path: Path) -> None:
+    write_images(tmp_path, np.zeros((1, size, size, 3), np.uint8), [name])
+    with pytest.raises(UserError, match=reason):
+        stored_images(tmp_path)
 
 
 def test_generation_depends_on_identity_and_not_on_the_batch() -> None:
