@@ -25,7 +25,13 @@ Options = dict[str, float]
 Measures = dict[str, float]
 
 BASE, EQ8 = "base", "miniature-eq8"
-OURS: Options = {"losses.entire": 0, "losses.quality": 2, "generator.ema": 0.95, "generator.lr": 2e-4}
+OURS: Options = {
+    "losses.entire": 0,
+    "losses.quality": 2,
+    "losses.trust": 0,
+    "generator.ema": 0.95,
+    "generator.lr": 2e-4,
+}
 CANDIDATES: dict[str, Options] = {
     "a": OURS | {"losses.class-mean": 5, "losses.class-spread": 1, "losses.individual": 10},
     "b": OURS | {"losses.class-mean": 2, "losses.class-spread": 0.5, "losses.individual": 10},

@@ -46,8 +46,9 @@ def write(runs: Sequence[Run], planned: int, size: str, out: Path, results: Path
 
 def _pictures(runs: Sequence[Run], out: Path) -> dict[str, Path]:
     """Files by title: images of each arm, and few-shot curves of each network."""
-    made = {"Images of each arm": out / "images.png"}
-    _images(runs, out).save(made["Images of each arm"])
+    title = f"Images of each arm, from the top: {', '.join(_arms(runs))}"
+    made = {title: out / "images.png"}
+    _images(runs, out).save(made[title])
     for model in MODELS:
         few = {
             arm: _merged([run for run in runs if (run.arm, run.model) == (arm, model)], out) for arm in MAIN
@@ -113,7 +114,7 @@ def _section(tables: Sequence[Table], pictures: dict[str, Path], state: str) -> 
     section = parts.Section("The paper's tables in miniature", [parts.Text(state)])
     section.parts += [parts.Table(one.title, one.columns, one.rows, one.note) for one in tables]
     alt = {
-        title: f"{', '.join(ARMS)} below each other: three images of each class"
+        title: f"{title}; three rows for each, a column for each class"
         if "Images" in title
         else f"{title}: accuracy by share of the training images, a line for each arm"
         for title in pictures
