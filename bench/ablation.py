@@ -18,6 +18,7 @@ import tyro
 
 from ubgen.benchmark import Table, machine_record
 from ubgen.benchmark.machine import describe
+from ubgen.benchmark.table import write_page
 from ubgen.core.files import atomic_write
 from ubgen.core.stage import MANIFEST
 
@@ -40,7 +41,6 @@ CANDIDATES: dict[str, Options] = {
     | {"losses.trust": 20, "generator.lr": 1e-4},
 }
 RECOMMENDED = "recommended"
-READING = "## Reading"  # from here on fine-tuning.md is written by hand, and kept
 FIGURES = (
     "clip_similarity",
     "class_accuracy",
@@ -240,7 +240,7 @@ def candidates_table(given: Arguments) -> Table:
     return table
 
 
-def write_page(given: Arguments) -> None:
+def report(given: Arguments) -> None:
     trials, tried = final(given), choice(given)
     done = [trial for trial in trials if trial.measures(given.work) is not None]
     total = 1 + len(given.seeds) * len(arms({}))
@@ -275,9 +275,7 @@ Their runs: as many updates, training seeds {choice_seeds}, {images} images on t
         "machine": machine_record(),
     }
     atomic_write(given.out / "fine-tuning.json", json.dumps(record, indent=1) + "\n")
-    written = given.out / "fine-tuning.md"
-    reading = written.read_text().partition(READING)[2] if written.is_file() else ""
-    atomic_write(written, f"{text}\n{READING}" + (reading or "\n\nNot written yet.\n"))
+    write_page(given.out / "fine-tuning.md", text)
     for trial in {trial.name: trial for trial in reversed(done)}.values():  # the first seed's picture
         (sheet,) = trial.measured(given.work).glob("*.png")
         atomic_write(given.out / f"fine-tuning-{trial.name}.png", sheet.read_bytes())
@@ -290,8 +288,8 @@ def main() -> None:
             trial.play(given)
         for trial in final(given):
             trial.play(given)
-            write_page(given)
-    write_page(given)
+            report(given)
+    report(given)
 
 
 if __name__ == "__main__":

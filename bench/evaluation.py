@@ -21,7 +21,6 @@ import numpy as np
 from ubgen.benchmark import Table, machine_record
 from ubgen.benchmark.machine import describe
 from ubgen.benchmark.table import write_result
-from ubgen.core.files import atomic_write
 from ubgen.core.stage import MANIFEST
 from ubgen.evaluate.datasets import open_transfer
 from ubgen.evaluate.results import all_stored
@@ -33,7 +32,6 @@ from ubgen.measures.probe import search_probe
 Figures = dict[str, dict[str, list[float | None]]]  # arm -> figure -> a value for each backbone
 FASHION = "fashionmnist"
 SEEDS, TRIALS = 2, 20
-READING = "## Reading"  # from here on the page is written by hand, and kept
 
 
 def evaluate(backbone: str, data: Path, out: Path) -> None:
@@ -128,11 +126,8 @@ def main() -> None:
         "raw pixels": raw,
         "device": device,
     }
-    page = Path("bench/results/evaluation.md")
-    former = page.read_text(encoding="utf-8") if page.is_file() else ""
-    write_result(page.parent, page.stem, content, [about, table(found, arms), line])
-    if READING in former:
-        atomic_write(page, page.read_text(encoding="utf-8") + "\n" + former[former.index(READING) :])
+    tables = [about, table(found, arms), line]
+    write_result(Path("bench/results"), "evaluation", content, tables)
 
 
 if __name__ == "__main__":

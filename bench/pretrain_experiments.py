@@ -27,6 +27,7 @@ from torch import nn
 
 from ubgen.benchmark import Table, machine_record
 from ubgen.benchmark.machine import describe
+from ubgen.benchmark.table import write_page
 from ubgen.core.config import load_recipe
 from ubgen.core.files import atomic_write
 from ubgen.dataset.images import encode_image
@@ -47,7 +48,6 @@ GARMENTS = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot",
 )  # fmt: skip
 WEIGHTS = {"EMA": "model_ema.safetensors", "raw": "model.safetensors"}
-READING = "## Reading"  # from here on pretrain.md is written by hand, and kept
 RESAMPLES = 10_000
 
 PROTOCOL = """## Protocol
@@ -352,11 +352,8 @@ def main() -> None:
 
 def write(out: Path, results: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    written = out / "pretrain.md"
-    before = written.read_text() if written.exists() else ""
-    reading = before.partition(READING)[2] or "\n\n(not written yet)\n"
     atomic_write(out / "pretrain.json", json.dumps(results, indent=1) + "\n")
-    atomic_write(written, report(results) + "\n" + READING + reading)
+    write_page(out / "pretrain.md", report(results))
 
 
 if __name__ == "__main__":

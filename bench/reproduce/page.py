@@ -13,6 +13,7 @@ from tables import TITLES, all_tables
 
 from ubgen.benchmark import Table, machine_record
 from ubgen.benchmark.machine import describe
+from ubgen.benchmark.table import write_page
 from ubgen.core.files import atomic_write
 from ubgen.evaluate.curves import draw_curves
 from ubgen.evaluate.results import Result, all_stored
@@ -21,7 +22,6 @@ from ubgen.loading.imageset import open_image_set
 from ubgen.report import parts
 from ubgen.report.page import write_report
 
-READING = "## Reading"  # from here on reproduce.md is written by hand, and kept
 _ROWS = 3  # pictures of each class
 
 
@@ -102,10 +102,7 @@ def _write_page(results: Path, tables: Sequence[Table], pictures: dict[str, Path
     for title, path in pictures.items():
         atomic_write(results / f"reproduce-{path.name}", path.read_bytes())
         body.append(f"![{title}](reproduce-{path.name})\n")
-    written = results / "reproduce.md"
-    reading = written.read_text().partition(READING)[2] if written.is_file() else ""
-    text = "\n".join([head, *body, READING]) + (reading or "\n\nNot written yet.\n")
-    atomic_write(written, text)
+    write_page(results / "reproduce.md", "\n".join([head, *body]))
     content = {"machine": machine, "state": state, "tables": [vars(table) for table in tables]}
     atomic_write(results / "reproduce.json", json.dumps(content, indent=1) + "\n")
 

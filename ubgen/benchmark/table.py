@@ -34,11 +34,22 @@ class Table:
         console.print(self.note, highlight=False, markup=False)
 
 
+READING = "## Reading"
+"""The heading of what people write below the figures."""
+
+
+def write_page(path: Path, text: str) -> None:
+    """Markdown; what stands below `READING` in the file was written by hand, and is kept."""
+    former = path.read_text(encoding="utf-8") if path.is_file() else ""
+    reading = former[former.index(READING) :] if READING in former else ""
+    atomic_write(path, text.rstrip("\n") + "\n" + (f"\n{reading}" if reading else ""))
+
+
 def write_result(out: Path, name: str, content: Mapping[str, Any], tables: Sequence[Table]) -> None:
-    """NAME.json and NAME.md into the directory `out`."""
+    """NAME.json and NAME.md into the directory `out`, as `write_page` does."""
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / f"{name}.json", json.dumps(content, indent=2) + "\n")
-    atomic_write(out / f"{name}.md", "\n".join(table.markdown() for table in tables))
+    write_page(out / f"{name}.md", "\n".join(table.markdown() for table in tables))
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -3,13 +3,14 @@
 import json
 import time
 from mmap import mmap
+from pathlib import Path
 
 import pytest
 import torch
 
 from ubgen.benchmark import Table, Timing, compare, machine_record, peak_memory
 from ubgen.benchmark.machine import describe
-from ubgen.benchmark.table import number
+from ubgen.benchmark.table import number, write_result
 
 
 def test_sides_take_turns_and_none_always_begins():
@@ -74,6 +75,19 @@ def test_a_table_in_markdown():
     assert table.markdown() == (
         "## Speed\n\n| part | side | ms |\n| --- | --- | ---: |\n| a\\|b | eager | 1.5 |\n\nA note.\n"
     )
+
+
+def test_a_page_is_replaced_and_what_people_wrote_below_it_stays(tmp_path: Path) -> None:
+    def write(cell: str) -> str:
+        write_result(tmp_path, "speed", {}, [Table("Speed", ("side", "ms"), [("ours", cell)], 1)])
+        return (tmp_path / "speed.md").read_text()
+
+    assert "## Reading" not in write("first")
+    (tmp_path / "speed.md").write_text(write("first") + "\n## Reading\n\nQuick.\n")
+    for cell in ("second", "third"):
+        page = write(cell)
+        assert "first" not in page
+        assert f"| ours | {cell} |\n\n## Reading\n\nQuick.\n" in page
 
 
 @pytest.mark.parametrize(
