@@ -121,8 +121,8 @@ def _section(tables: Sequence[Table], pictures: dict[str, Path], state: str) -> 
 
 
 def _directories(runs: Sequence[Run], out: Path) -> list[Path]:
-    """One of each kind for each arm, with the first seeds: the report would be too long with all of them."""
-    first = {arm: next(run for run in runs if run.arm == arm) for arm in _arms(runs)}
+    """One of each kind for each main arm, with the first seeds: the report would be too long with all of them."""
+    first = {arm: next(run for run in runs if run.arm == arm) for arm in _arms(runs) if arm in MAIN}
     found = []
     for run in first.values():
         found += [out / "train" / run.dataset, out / "engines" / run.dataset, out / "datasets" / run.dataset]
