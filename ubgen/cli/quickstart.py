@@ -67,8 +67,8 @@ def quickstart(given: Arguments) -> None:
     console, start = Console(), time.monotonic()
     full = load_recipe("miniature", TrainConfig).max_updates
     console.print(
-        f"Quickstart: fine-tuning is shortened to {given.updates} updates at twice the learning rate "
-        f"(the miniature recipe has {full})."
+        f"Quickstart: fine-tuning has {given.updates} updates at twice the miniature recipe's learning rate "
+        f"(the recipe has {full} updates)."
     )
     train, engine, dataset = (given.out / name for name in ("train", "engine", "dataset"))
     stage(
